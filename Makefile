@@ -1,0 +1,40 @@
+# make demo   text -> shards -> pre-training -> continued pre-training -> what was learned and what was forgotten
+# make test   the whole test suite          make check   format, lint, types          make       both
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# megatron-core reads our shards in the tests; it is installed alone because its dependencies want a GPU.
+INSTALLED := $(VENV)/.installed
+
+export OMP_NUM_THREADS ?= $(shell nproc)
+
+all: check test
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps megatron-core
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/fastcpt demo --output demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest --durations 10
+
+# mypy reads an installed copy: no static tool sees that kernels/ is imported as fastcpt.kernels.
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	copy=$$(mktemp -d) && $(BIN)/pip install --quiet --no-deps --target $$copy . \
+	  && cp pyproject.toml $$copy/ && (cd $$copy && $(CURDIR)/$(BIN)/mypy -p fastcpt); status=$$?; rm -rf $$copy build; exit $$status
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo
+
+.PHONY: all demo test check format clean

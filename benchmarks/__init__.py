@@ -1,0 +1,1 @@
+"""Throughput benchmarks, imported as `fastcpt.benchmarks`, by the command line alone and only when asked."""

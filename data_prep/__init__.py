@@ -1,0 +1,1 @@
+"""Corpora into shards, imported as `fastcpt.data_prep`. Never imports torch."""

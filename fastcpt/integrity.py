@@ -1,0 +1,167 @@
+"""Bytes that can be checked: block hashes, durable writes, and errors that say where. Standard library and numpy only.
+
+A block's hash is the first 8 bytes of its SHA-256, read as a little-endian uint64. Shards (`shards.py`) keep one for
+each 64 KiB, checkpoints (`checkpoint.py`) one for each 1 MiB.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from fastcpt import UserError
+
+
+class DamagedError(UserError):
+    """A file whose bytes are not those that its manifest recorded."""
+
+
+def block_hash(block: bytes | memoryview) -> int:
+    return int.from_bytes(hashlib.sha256(block).digest()[:8], "little")
+
+
+def blocks(file: BinaryIO, block_bytes: int) -> Iterator[bytes]:
+    while block := file.read(block_bytes):
+        yield block
+
+
+def file_hashes(path: Path, block_bytes: int) -> np.ndarray:
+    """The block hashes of a whole file, uint64."""
+    with open(path, "rb", buffering=0) as file:
+        return np.fromiter((block_hash(block) for block in blocks(file, block_bytes)), dtype="<u8")
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raises DamagedError when the file is missing or its size is not `size` bytes."""
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: the file is missing; restore it from a copy, or make it again") from None
+    if actual != size:
+        raise DamagedError(f"{path}: {actual:,} bytes, its manifest says {size:,}; restore it, or make it again")
+
+
+def check_file(path: Path, size: int, hashes: np.ndarray, block_bytes: int) -> None:
+    """Compares every byte with the recorded hashes; raises DamagedError with the file and the offset of the block."""
+    check_size(path, size)
+    for index, actual in enumerate(file_hashes(path, block_bytes)):
+        if actual != hashes[index]:
+            start = index * block_bytes
+            stop = min(start + block_bytes, size)
+            raise DamagedError(
+                f"{path}: bytes {start:,} to {stop:,} differ from their hash; restore the file from a copy"
+            )
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        for block in blocks(file, 1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling for one value, so that its hash can serve as a fingerprint."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames and new names in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a whole file so that a crash leaves the old content or the new, never a mixture."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_durably(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object that `what` names in errors ("the manifest of a shard set")."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; it should be {what}") from None
+    except ValueError as error:
+        raise DamagedError(f"{path}: not JSON ({error}); it should be {what}") from None
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path}: holds a {type(value).__name__}, not an object; it should be {what}")
+    return value
+
+
+class HashingWriter:
+    """A file that hashes its blocks while they are written. `close` makes it durable; then `size` and `hashes` hold."""
+
+    def __init__(self, path: Path, block_bytes: int) -> None:
+        self.path = path
+        self.size = 0
+        self.hashes = np.empty(0, "<u8")
+        self._block_bytes = block_bytes
+        self._file = open(path, "wb", buffering=0)
+        self._pending = bytearray()
+        self._hashes: list[int] = []
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._pending += data
+        whole = len(self._pending) // self._block_bytes * self._block_bytes
+        if whole:
+            self._flush(whole)
+
+    def _flush(self, count: int) -> None:
+        view = memoryview(self._pending)[:count]
+        for start in range(0, count, self._block_bytes):
+            self._hashes.append(block_hash(view[start : start + self._block_bytes]))
+        written = 0
+        while written < count:
+            written += self._file.write(view[written:]) or 0
+        view.release()
+        del self._pending[:count]
+        self.size += count
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        if self._pending:
+            self._flush(len(self._pending))
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.hashes = np.array(self._hashes, "<u8")
+
+    def __enter__(self) -> "HashingWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close() if kind is None else self._file.close()

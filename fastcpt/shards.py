@@ -1,0 +1,373 @@
+"""Token shards on disk: what preparation writes and training reads. Needs numpy alone.
+
+A *pair* is a Megatron / GPT-NeoX indexed dataset, `NAME.bin` + `NAME.idx`, readable by those trainers as it is: one
+sequence a document, its end-of-document token included. Beside each pair, `NAME.sums` holds the hashes
+(`integrity.py`) of every 64 KiB block of the `.bin`, then of the `.idx`. A *set* is a folder of pairs with
+
+    manifest.json     all that opening the set reads: tokenizer, dtype, counts, pairs, sizes, hashes, fingerprint
+    tokenizer.json    the tokenizer that made the ids
+    token_bytes.npy   uint16: the length in bytes of the text of each id, for exact bits per byte
+    ledger.parquet    what came from which input file
+
+The set's tokens are the concatenation of its pairs in manifest order. Training cuts them into *windows* of T+1 tokens
+at stride T: window i is tokens [iT, iT + T], its first T tokens the input and its last T the targets.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastcpt import UserError
+from fastcpt.integrity import (
+    DamagedError,
+    HashingWriter,
+    check_file,
+    check_size,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
+# Codes 6 and 7 are float types on which GPT-NeoX and Megatron-core disagree; token ids never use them.
+DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_CODES.items()}
+BLOCK_BYTES = 64 * 1024
+MANIFEST = "manifest.json"
+FORMAT = "fastcpt-shards"
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """uint16 below 65,500 ids, else int32: the rule of Megatron's and GPT-NeoX's writers."""
+    return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
+
+
+def tokenizer_fingerprint(tokenizer_json: bytes) -> str:
+    """Identity of a `tokenizer.json` by what decides the ids, so that another spelling of the same file is the same.
+
+    Old files write a merge as "a b", new ones as ["a", "b"]; padding, truncation and post-processing are not used.
+    """
+    content = json.loads(tokenizer_json)
+    model = dict(content["model"])
+    if "merges" in model:
+        model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    # These were added to the format over time; absent means the default.
+    model = {key: value for key, value in model.items() if value not in (None, False)}
+    kept = {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "decoder")}
+    return sha256_json({"model": model, **kept})
+
+
+@dataclass(frozen=True)
+class Index:
+    """The content of an `.idx` file.
+
+    lengths (S,) int32: tokens of each sequence. pointers (S,) int64: byte offset of each in the `.bin`.
+    documents (D+1,) int64: the sequences at which documents start, then S.
+    """
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    pointers: np.ndarray
+    documents: np.ndarray
+
+
+def read_index(path: Path) -> Index:
+    """Reads an `.idx` file of Megatron, GPT-NeoX or ours. Raises DamagedError with what is wrong and where."""
+    data = path.read_bytes()
+    if data[: len(MAGIC)] != MAGIC:
+        raise DamagedError(f"{path}: starts with {data[:9]!r}, not {MAGIC!r}; it is not a Megatron index")
+    if len(data) < HEADER_BYTES:
+        raise DamagedError(f"{path}: {len(data)} bytes, shorter than the {HEADER_BYTES} of its header")
+    version, code, sequences, entries = (
+        int.from_bytes(data[9:17], "little"),
+        data[17],
+        int.from_bytes(data[18:26], "little"),
+        int.from_bytes(data[26:34], "little"),
+    )
+    if version != 1 or code not in DTYPE_CODES:
+        raise DamagedError(
+            f"{path}: version {version}, dtype code {code}; known are version 1, codes {list(DTYPE_CODES)}"
+        )
+    expected = HEADER_BYTES + sequences * 12 + entries * 8
+    if len(data) not in (expected, expected + sequences):  # Megatron's multimodal writer appends one byte a sequence
+        raise DamagedError(f"{path}: {len(data):,} bytes, its header promises {expected:,}; it was cut or overwritten")
+    pointers_at = HEADER_BYTES + sequences * 4
+    documents_at = pointers_at + sequences * 8
+    return Index(
+        dtype=np.dtype(DTYPE_CODES[code]),
+        lengths=np.frombuffer(data, "<i4", sequences, HEADER_BYTES),
+        pointers=np.frombuffer(data, "<i8", sequences, pointers_at),
+        documents=np.frombuffer(data, "<i8", entries, documents_at),
+    )
+
+
+def index_bytes(dtype: np.dtype, lengths: np.ndarray) -> bytes:
+    """The `.idx` file of a pair with one sequence a document. lengths (D,) int32, in tokens."""
+    count = len(lengths)
+    pointers = np.zeros(count, "<i8")
+    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+    pointers *= dtype.itemsize
+    header = MAGIC + (1).to_bytes(8, "little") + bytes([CODE_OF_DTYPE[dtype]])
+    header += count.to_bytes(8, "little") + (count + 1).to_bytes(8, "little")
+    return b"".join(
+        (header, lengths.astype("<i4").tobytes(), pointers.tobytes(), np.arange(count + 1, dtype="<i8").tobytes())
+    )
+
+
+def read_pair(prefix: Path) -> tuple[np.ndarray, Index]:
+    """Maps any Megatron / GPT-NeoX pair, one that another program wrote included: (all tokens of the `.bin`, index)."""
+    index = read_index(prefix.with_name(prefix.name + ".idx"))
+    binary = prefix.with_name(prefix.name + ".bin")
+    needed = int((index.pointers + index.lengths.astype(np.int64) * index.dtype.itemsize).max(initial=0))
+    if binary.stat().st_size < needed:
+        raise DamagedError(f"{binary}: {binary.stat().st_size:,} bytes, its index reaches to {needed:,}; it was cut")
+    if needed == 0:
+        return np.empty(0, index.dtype), index
+    return np.memmap(binary, index.dtype, "r"), index
+
+
+class PairWriter:
+    """Writes one pair, documents appended in order. `close` returns the pair's entry for the manifest."""
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype) -> None:
+        self.directory, self.name, self.dtype = directory, name, dtype
+        self.tokens = 0
+        self._lengths: list[np.ndarray] = []
+        self._binary = HashingWriter(directory / f"{name}.bin", BLOCK_BYTES)
+
+    def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """tokens (sum of lengths,) of the pair's dtype: whole documents one after another; lengths (D,) int32."""
+        assert tokens.dtype == self.dtype and len(tokens) == int(lengths.sum())
+        self._binary.write(memoryview(np.ascontiguousarray(tokens)).cast("B"))
+        self._lengths.append(lengths.astype("<i4"))
+        self.tokens += len(tokens)
+
+    def close(self) -> dict[str, Any]:
+        self._binary.close()
+        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, "<i4")
+        with HashingWriter(self.directory / f"{self.name}.idx", BLOCK_BYTES) as index:
+            index.write(index_bytes(self.dtype, lengths))
+        sums = np.concatenate((self._binary.hashes, index.hashes)).tobytes()
+        with HashingWriter(self.directory / f"{self.name}.sums", BLOCK_BYTES) as file:
+            file.write(sums)
+        return {
+            "name": self.name,
+            "tokens": self.tokens,
+            "documents": len(lengths),
+            "bin_bytes": self._binary.size,
+            "idx_bytes": index.size,
+            "sums_sha256": hashlib.sha256(sums).hexdigest(),
+        }
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    tokenizer: dict[str, Any],
+    dtype: np.dtype,
+    text_bytes: int,
+    pairs: list[dict[str, Any]],
+    files: list[str],
+) -> dict[str, Any]:
+    """Commits a set: written last, so that a folder without it is not a set.
+
+    tokenizer: {"fingerprint", "vocab_size" (highest id + 1), "eod" (id), "eod_token"}. text_bytes: UTF-8 bytes of the
+    documents. pairs: what `PairWriter.close` returned, in order. files: names of the other files of the folder.
+    """
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": 1,
+        "tokenizer": tokenizer,
+        "dtype": dtype.name,
+        "tokens": sum(pair["tokens"] for pair in pairs),
+        "documents": sum(pair["documents"] for pair in pairs),
+        "text_bytes": text_bytes,
+        "pairs": pairs,
+        "files": {
+            name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
+            for name in sorted(files)
+        },
+    }
+    # The same tokens in the same pairs are the same data, whatever the ledger says of where they came from.
+    manifest["fingerprint"] = sha256_json([tokenizer["fingerprint"], dtype.name, pairs])
+    manifest["sha256"] = sha256_json(manifest)
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Reads and checks a manifest. Raises UserError when `directory` is no set or the manifest was changed."""
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UserError(f"{directory}: no {MANIFEST}; make a shard set with `fastcpt prep ... --output {directory}`")
+    manifest = read_json(path, "the manifest of a shard set")
+    if manifest.get("format") != FORMAT or manifest.get("version") != 1:
+        raise DamagedError(
+            f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r}, not {FORMAT!r} 1"
+        )
+    recorded = manifest.pop("sha256", None)
+    if recorded != sha256_json(manifest):
+        raise DamagedError(
+            f"{path}: its content does not match its own hash; restore it from a copy, or prepare the set again"
+        )
+    for name in [*manifest["files"], *(pair["name"] for pair in manifest["pairs"])]:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise DamagedError(f"{path}: names a file {name!r} outside its folder")
+    return manifest
+
+
+class ShardSet:
+    """A shard set, opened in milliseconds whatever its size. `len(set)` is its number of tokens.
+
+    reader: "mmap" maps the files and gives used pages back after each batch; "pread" reads them with system calls, for
+    file systems where mapping is bad (network ones).
+    """
+
+    def __init__(self, path: str | Path, reader: Literal["mmap", "pread"] = "mmap") -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.dtype = np.dtype(self.manifest["dtype"])
+        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+        self.eod: int = self.manifest["tokenizer"]["eod"]
+        self.pairs: list[dict[str, Any]] = self.manifest["pairs"]
+        self.starts = np.cumsum([0, *(pair["tokens"] for pair in self.pairs)], dtype=np.int64)
+        self._files = [_File(self._binary(pair), pair["bin_bytes"], reader) for pair in self.pairs]
+        for pair in self.pairs:
+            if pair["bin_bytes"] != pair["tokens"] * self.dtype.itemsize:
+                raise DamagedError(
+                    f"{self.path / MANIFEST}: pair {pair['name']} counts {pair['tokens']:,} tokens in {pair['bin_bytes']:,} bytes"
+                )
+            check_size(self._binary(pair), pair["bin_bytes"])
+            check_size(self.path / f"{pair['name']}.idx", pair["idx_bytes"])
+
+    def _binary(self, pair: dict[str, Any]) -> Path:
+        return self.path / f"{pair['name']}.bin"
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def documents(self) -> int:
+        return self.manifest["documents"]
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) uint16: bytes of text that each id stands for; 0 for the end-of-document token."""
+        return np.load(self.path / "token_bytes.npy", allow_pickle=False)
+
+    def num_windows(self, seq_len: int) -> int:
+        return max(0, (len(self) - 1) // seq_len)
+
+    def windows(self, indexes: np.ndarray, seq_len: int) -> np.ndarray:
+        """indexes (n,) integer -> tokens (n, seq_len + 1) of the set's dtype.
+
+        Raises DamagedError when a file that is needed has changed size since the set was opened.
+        """
+        out = np.empty((len(indexes), seq_len + 1), self.dtype)
+        checked: set[int] = set()
+        for row, index in zip(out, indexes):
+            self._read_into(row, int(index) * seq_len, checked)
+        for pair in checked:
+            self._files[pair].release()
+        return out
+
+    def _read_into(self, row: np.ndarray, start: int, checked: set[int]) -> None:
+        assert 0 <= start and start + len(row) <= len(self)
+        pair = int(np.searchsorted(self.starts, start, side="right")) - 1
+        filled = 0
+        while filled < len(row):
+            offset = start + filled - int(self.starts[pair])
+            count = min(len(row) - filled, int(self.starts[pair + 1]) - start - filled)
+            if count:
+                file = self._files[pair]
+                if pair not in checked:  # once a batch: reading past the end of a mapped file kills the process
+                    file.check(offset * self.dtype.itemsize)
+                    checked.add(pair)
+                file.read_into(memoryview(row[filled : filled + count]).cast("B"), offset * self.dtype.itemsize)
+            filled += count
+            pair += 1
+
+    def document_lengths(self) -> Iterator[np.ndarray]:
+        """(D,) int32 of each pair in order: the tokens of each document, end-of-document token included."""
+        for pair in self.pairs:
+            yield read_index(self.path / f"{pair['name']}.idx").lengths
+
+    def document(self, pair: int, index: int) -> np.ndarray:
+        """Tokens of document `index` of pair number `pair`."""
+        tokens, entries = read_pair(self.path / self.pairs[pair]["name"])
+        start = int(entries.pointers[index]) // self.dtype.itemsize
+        return np.array(tokens[start : start + int(entries.lengths[index])])
+
+    def verify(self, progress: Callable[[int], None] = lambda size: None) -> None:
+        """Compares every byte with the manifest; `progress` gets the bytes of each file checked. Raises DamagedError."""
+        for name, entry in self.manifest["files"].items():
+            check_size(self.path / name, entry["bytes"])
+            if sha256_file(self.path / name) != entry["sha256"]:
+                raise DamagedError(f"{self.path / name}: differs from its hash in the manifest; restore it from a copy")
+        for pair in self.pairs:
+            sums_path = self.path / f"{pair['name']}.sums"
+            check_size(sums_path, 8 * sum(-(-pair[key] // BLOCK_BYTES) for key in ("bin_bytes", "idx_bytes")))
+            sums = sums_path.read_bytes()
+            if hashlib.sha256(sums).hexdigest() != pair["sums_sha256"]:
+                raise DamagedError(f"{sums_path}: differs from its hash in the manifest; restore it from a copy")
+            hashes = np.frombuffer(sums, "<u8")
+            split = -(-pair["bin_bytes"] // BLOCK_BYTES)
+            check_file(self._binary(pair), pair["bin_bytes"], hashes[:split], BLOCK_BYTES)
+            check_file(self.path / f"{pair['name']}.idx", pair["idx_bytes"], hashes[split:], BLOCK_BYTES)
+            progress(pair["bin_bytes"] + pair["idx_bytes"])
+
+
+class _File:
+    """One `.bin`, opened at first use."""
+
+    def __init__(self, path: Path, size: int, reader: Literal["mmap", "pread"]) -> None:
+        self.path, self.size, self._reader = path, size, reader
+        self._descriptor: int | None = None
+        self._map: mmap.mmap | None = None
+
+    def check(self, offset: int) -> None:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            if self._reader == "mmap":
+                self._map = mmap.mmap(self._descriptor, self.size, prot=mmap.PROT_READ)
+        actual = os.fstat(self._descriptor).st_size
+        if actual != self.size:
+            raise DamagedError(
+                f"{self.path}: {actual:,} bytes while reading at {offset:,}, it had {self.size:,}; it was changed under the run"
+            )
+
+    def read_into(self, out: memoryview, offset: int) -> None:
+        if self._map is not None:
+            out[:] = memoryview(self._map)[offset : offset + len(out)]
+            return
+        assert self._descriptor is not None
+        done = 0
+        while done < len(out):
+            count = os.preadv(self._descriptor, [out[done:]], offset + done)
+            if count == 0:
+                raise DamagedError(
+                    f"{self.path}: ends at {offset + done:,} bytes, it had {self.size:,}; it was changed under the run"
+                )
+            done += count
+
+    def release(self) -> None:
+        """Used pages leave this process (they stay in the system's cache), so resident memory stays flat."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def __del__(self) -> None:
+        if self._map is not None:
+            self._map.close()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
