@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -128,7 +128,7 @@ class HashingWriter:
         self.size = 0
         self.hashes = np.empty(0, "<u8")
         self._block_bytes = block_bytes
-        self._file = open(path, "wb", buffering=0)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._pending = bytearray()
         self._hashes: list[int] = []
 
@@ -158,7 +158,7 @@ class HashingWriter:
         self._file.close()
         self.hashes = np.array(self._hashes, "<u8")
 
-    def __enter__(self) -> "HashingWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

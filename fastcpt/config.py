@@ -1,0 +1,331 @@
+"""The configuration: one YAML file, checked against these dataclasses, with `--section.field VALUE` overrides.
+
+This is the only place where a setting is born, with its unit and its default. The string under each field is its
+documentation: `fields()` turns it into the table of the README and the help of the command line.
+"""
+
+import ast
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_type_hints
+
+from fastcpt import UserError
+
+
+class Count(int):
+    """A number of tokens: 1000, 2_260_992, 250B, 1.5M, 2.5e11."""
+
+    UNITS: ClassVar = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+    @classmethod
+    def parse(cls, text: Any) -> "Count":
+        match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+]?[0-9]+)?)([KMBT]?)", str(text).strip(), re.IGNORECASE)
+        if match is None:
+            raise ValueError(f"{text!r} is not a number of tokens; write it as 250B, 2.5e11 or 2_260_992")
+        number, unit = match[1].replace("_", ""), match[2].upper()
+        value = int(number) * cls.UNITS[unit] if number.isdigit() else float(number) * cls.UNITS[unit]
+        if value != int(value):
+            raise ValueError(f"{text!r} is not a whole number of tokens")
+        return cls(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model. All of it is optional when `init.from` names a checkpoint, which knows its own sizes."""
+
+    preset: str | None = None
+    """A Pythia size, pythia-14m to pythia-12b; the other fields change it."""
+    layers: int | None = None
+    """Number of blocks."""
+    width: int | None = None
+    """Width of the residual stream."""
+    heads: int | None = None
+    """Attention heads a block."""
+    vocab_size: int | None = None
+    """Rows of both embeddings, padding included."""
+    mlp_width: int | None = None
+    """Inner width of the MLP; 4 * width unless given."""
+    rotary_fraction: float | None = None
+    """Part of each head that is rotated; 0.25 unless given."""
+    gelu: Literal["erf", "tanh"] | None = None
+    """GELU's form. Hugging Face's files say erf; Pythia was trained with tanh. The checkpoint's unless given."""
+    parallel_residual: bool | None = None
+    """Attention and MLP read the same input; true unless given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """Where the run starts."""
+
+    from_: str = "scratch"
+    """scratch, a Hugging Face folder, hub-id[@revision], or a fastcpt checkpoint (or run folder: its newest)."""
+    optimizer: Literal["reset", "keep"] = "reset"
+    """Adam's moments: fresh, or those of the checkpoint."""
+    branch: bool = False
+    """Go on from a checkpoint's step, moments and data position with a new schedule that starts at its rate."""
+    force: bool = False
+    """Do what is refused for your sake: re-warm on data the model has seen, or train with another tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One training set of the mixture."""
+
+    name: str
+    """Its name in logs."""
+    path: str
+    """A shard set."""
+    weight: float
+    """Its share of the samples; weights are relative to their sum."""
+    replay: bool = False
+    """It is what the model was trained on before, mixed in against forgetting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """One validation set."""
+
+    name: str
+    """Its name in logs."""
+    path: str
+    """A shard set."""
+    role: Literal["upstream", "downstream", "other"] = "other"
+    """upstream measures forgetting, downstream adaptation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read, and how."""
+
+    train: list[Source]
+    """The mixture."""
+    val: list[ValidationSet] = field(default_factory=list)
+    """Sets evaluated from step 0, by name."""
+    seq_len: int = 2048
+    """Tokens a sequence."""
+    document_mask: bool = False
+    """Attention stays within a document. Off: Pythia was trained across documents."""
+    reader: Literal["mmap", "pread"] = "mmap"
+    """How shards are read; pread for network file systems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How much, how large, on what."""
+
+    tokens: Count
+    """Tokens that this run trains on; whole steps, rounded up."""
+    batch_tokens: Count
+    """Tokens an optimizer step, a multiple of data.seq_len."""
+    micro_batch: int = 8
+    """Sequences a process takes at once, at most."""
+    seed: int = 0
+    """Of the initialisation and of the data order."""
+    parallel: Literal["auto", "single", "ddp"] = "auto"
+    """auto: ddp under torchrun with several processes, else single."""
+    compile: bool = True
+    """Use torch.compile."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of activations and products; parameters, gradients and moments are fp32. bf16 needs hardware that has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW."""
+
+    lr: float | None = None
+    """Peak learning rate. A branch starts at its checkpoint's rate and takes none."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Of matrices, embeddings included; biases and norms have none."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over the steps of the run."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up."""
+    warmup: float = 0.01
+    """Linear warm-up: below 1 a fraction of the steps, from 1 on a number of steps."""
+    min_lr_ratio: float = 0.1
+    """Where the cosine ends, relative to the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where results go, and how often. Free to change when a run goes on."""
+
+    output: str
+    """The run's folder; started again with the same one, a run goes on."""
+    log_every: int = 10
+    """Steps a training line."""
+    eval_every: int = 500
+    """Steps an evaluation; the start and the end are always evaluated, and the warm-up four times as often."""
+    eval_tokens: Count = Count(4_194_304)  # noqa: RUF009 (an int, which cannot change)
+    """Tokens of each validation set, the same ones every time."""
+    save_every: int = 1000
+    """Steps a checkpoint; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: str | None = None
+    """Weights & Biases project; null for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run."""
+
+    data: Data
+    train: Train
+    run: Run
+    model: Model = field(default_factory=Model)
+    init: Init = field(default_factory=Init)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(config: Config) -> None:
+    """What no single field's type says. Raises UserError."""
+    data, train, optim, schedule, run = config.data, config.train, config.optim, config.schedule, config.run
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    for name, value in (
+        ("data.seq_len", data.seq_len), ("train.tokens", train.tokens), ("train.micro_batch", train.micro_batch),
+        ("run.log_every", run.log_every), ("run.eval_every", run.eval_every), ("run.save_every", run.save_every),
+        ("run.keep", run.keep), ("run.eval_tokens", run.eval_tokens),
+    ):  # fmt: skip
+        require(value >= 1, f"{name} is {value}; it must be at least 1")
+    require(
+        train.batch_tokens >= data.seq_len and train.batch_tokens % data.seq_len == 0,
+        f"train.batch_tokens {train.batch_tokens} is not a multiple of data.seq_len {data.seq_len}",
+    )
+    require(len(data.train) > 0, "data.train is empty; name at least one shard set")
+    for entries, what in ((data.train, "data.train"), (data.val, "data.val")):
+        names = [entry.name for entry in entries]
+        require(len(set(names)) == len(names), f"{what}: the names {names} are not all different")
+    for source in data.train:
+        require(
+            source.weight > 0, f"data.train {source.name}: weight {source.weight} is not above 0; remove the source"
+        )
+    require(
+        len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
+        f"optim.betas {optim.betas} must be two numbers from 0 to below 1",
+    )
+    require(optim.clip > 0, f"optim.clip {optim.clip} must be above 0; a large number clips nothing")
+    require(optim.eps > 0, f"optim.eps {optim.eps} must be above 0")
+    require(schedule.warmup >= 0, f"schedule.warmup {schedule.warmup} is negative")
+    require(0 <= schedule.min_lr_ratio <= 1, f"schedule.min_lr_ratio {schedule.min_lr_ratio} is not from 0 to 1")
+    if config.init.branch:
+        require(config.init.from_ != "scratch", "init.branch needs init.from: the checkpoint to go on from")
+        require(optim.lr is None, f"optim.lr {optim.lr}: a branch starts at its checkpoint's rate; remove optim.lr")
+        require(schedule.warmup == 0, f"schedule.warmup {schedule.warmup}: a branch has no warm-up; set it to 0")
+    else:
+        require(optim.lr is not None and optim.lr > 0, f"optim.lr is {optim.lr}; give the peak learning rate")
+
+
+SECTIONS = ("model", "init", "data", "train", "optim", "schedule", "run")
+
+
+def _spelled(name: str) -> str:
+    """`from` is a keyword of Python; the field is `from_`, its name in files and options `from`."""
+    return name.removesuffix("_")
+
+
+def documentation(cls: type) -> dict[str, str]:
+    """{field: the string under it} of a dataclass of this module."""
+    body = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for statement, following in zip(body.body, body.body[1:]):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            texts[statement.target.id] = str(following.value.value)
+    return texts
+
+
+def fields() -> list[tuple[str, str]]:
+    """Every setting as (dotted name, description), the entries of lists as `data.train[].weight`."""
+
+    def walk(cls: type, prefix: str) -> list[tuple[str, str]]:
+        rows = []
+        for name, text in documentation(cls).items():
+            rows.append((prefix + _spelled(name), text))
+            hint = get_type_hints(cls)[name]
+            inner = getattr(hint, "__args__", (None,))[0]
+            if is_dataclass(inner):
+                assert isinstance(inner, type)
+                rows += walk(inner, f"{prefix}{_spelled(name)}[].")
+        return rows
+
+    hints = get_type_hints(Config)
+    return [row for section in SECTIONS for row in walk(hints[section], f"{section}.")]
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """`--config FILE [--section.field VALUE ...]` -> Config. Raises UserError that names the file and the field."""
+    import jsonargparse
+    import yaml
+
+    def load(text: str) -> Any:
+        value = yaml.safe_load(text)
+        if isinstance(value, dict) and isinstance(value.get("init"), dict) and "from" in value["init"]:
+            value["init"]["from_"] = value["init"].pop("from")
+        return value
+
+    jsonargparse.set_loader("fastcpt", load, exceptions=(yaml.YAMLError,))
+    jsonargparse.typing.register_type(Count, serializer=int, deserializer=Count.parse, fail_already_registered=False)
+    parser = jsonargparse.ArgumentParser("fastcpt train", exit_on_error=False, parser_mode="fastcpt", add_help=False)
+    parser.add_argument("--config", action="config")
+    hints = get_type_hints(Config)
+    for section in SECTIONS:
+        parser.add_class_arguments(hints[section], section, fail_untyped=True)
+    arguments = [re.sub(r"^--init\.from(?=$|=)", "--init.from_", argument) for argument in arguments]
+    files = [arguments[index + 1] for index, argument in enumerate(arguments[:-1]) if argument == "--config"]
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"{file}: there is no such configuration file")
+        try:
+            content = load(Path(file).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: not a mapping of sections ({', '.join(SECTIONS)})")
+    try:
+        values = parser.instantiate_classes(parser.parse_args(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(f"{' '.join([*files, ''])}{' '.join(str(error).split()).replace('from_', 'from')}") from None
+    return Config(**{section: values[section] for section in SECTIONS})
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values, as they are written in a file."""
+    values = {section: asdict(getattr(config, section)) for section in SECTIONS}
+    values["init"]["from"] = values["init"].pop("from_")
+    for section in ("train", "run"):
+        values[section] = {
+            key: int(value) if isinstance(value, Count) else value for key, value in values[section].items()
+        }
+    return values
+
+
+def to_yaml(config: Config) -> str:
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,232 @@
+"""GPT-NeoX, written out: parallel or sequential residual, partial rotary embedding, biases, untied embeddings.
+
+Shapes: B batch, T time, N = B*T, D model width, H heads, C = D/H head width, R rotated part of a head, V vocabulary.
+
+Parameters are fp32 and carry the names of the Hugging Face checkpoint (`hf.py`), the packed projection included: the
+rows of `query_key_value` are [q; k; v] of head 0, then of head 1, and so on. Matrices and biases are cast to the
+compute dtype where they are used, so that a compiled graph fuses the cast; norms and the rotation run in fp32; the
+residual stream is in the compute dtype (DESIGN.md, D7). The architecture is that of GPT-NeoX-20B (arXiv 2204.06745)
+as `transformers` defines it.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcpt import UserError
+from fastcpt.attention import attention
+from fastcpt.config import Model as ModelConfig
+from fastcpt.loss import token_losses
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a checkpoint's tensors do not say about the model that they belong to, and their sizes."""
+
+    layers: int
+    width: int
+    heads: int
+    vocab_size: int = 50304
+    mlp_width: int = 0  # 0 means 4 * width
+    rotary_fraction: float = 0.25
+    gelu: Literal["erf", "tanh"] = "erf"
+    parallel_residual: bool = True
+    rotary_base: float = 10000.0
+    norm_eps: float = 1e-5
+    max_positions: int = 2048  # written to exports; the rotary embedding itself has no limit
+
+    def __post_init__(self) -> None:
+        if not self.mlp_width:
+            object.__setattr__(self, "mlp_width", 4 * self.width)
+        for name in ("layers", "width", "heads", "vocab_size", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.heads:
+            raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
+        if self.rotary_width % 2 or not 0 <= self.rotary_fraction <= 1:
+            raise UserError(
+                f"model.rotary_fraction {self.rotary_fraction} rotates {self.rotary_width} of {self.head_width} values of "
+                "a head; it must be an even number, from a fraction of 0 to 1"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def rotary_width(self) -> int:
+        return int(self.head_width * self.rotary_fraction)
+
+
+# Layers, width, heads, vocabulary of the Pythia suite (arXiv 2304.01373); all else is the default.
+PRESETS = {
+    "pythia-14m": Architecture(6, 128, 4),
+    "pythia-31m": Architecture(6, 256, 8),
+    "pythia-70m": Architecture(6, 512, 8),
+    "pythia-160m": Architecture(12, 768, 12),
+    "pythia-410m": Architecture(24, 1024, 16),
+    "pythia-1b": Architecture(16, 2048, 8),
+    "pythia-1.4b": Architecture(24, 2048, 16),
+    "pythia-2.8b": Architecture(32, 2560, 32),
+    "pythia-6.9b": Architecture(32, 4096, 32, vocab_size=50432),
+    "pythia-12b": Architecture(36, 5120, 40, vocab_size=50688),
+}
+
+
+def resolve_architecture(config: ModelConfig, source: Architecture | None, where: str) -> Architecture:
+    """The architecture that a run trains.
+
+    source: that of the checkpoint named by `where`, or None from scratch. Given fields must agree with it; `gelu` alone
+    may differ, because Hugging Face's files say erf of models that were trained with tanh (D9).
+    """
+    fields = ("layers", "width", "heads", "vocab_size", "mlp_width", "rotary_fraction", "gelu", "parallel_residual")
+    given = {name: value for name in fields if (value := getattr(config, name)) is not None}
+    preset = None
+    if config.preset is not None:
+        if config.preset not in PRESETS:
+            raise UserError(f"model.preset {config.preset!r} is unknown; known are {', '.join(PRESETS)}")
+        preset = PRESETS[config.preset]
+    if source is None:
+        if preset is None and not {"layers", "width", "heads", "vocab_size"} <= given.keys():
+            raise UserError("model: from scratch it takes a preset, or layers, width, heads and vocab_size")
+        return replace(preset, **given) if preset else Architecture(**given)
+    sizes = {name: getattr(preset, name) for name in ("layers", "width", "heads", "vocab_size")} if preset else {}
+    for name, value in {**sizes, **given}.items():
+        if name != "gelu" and value != getattr(source, name):
+            raise UserError(
+                f"model.{name} is {value}, but {where} has {getattr(source, name)}; remove it from the configuration"
+            )
+    return replace(source, gelu=config.gelu or source.gelu)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose fp32 parameters are cast to the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation in fp32, its output in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def rotary_table(length: int, arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T, R) fp32 with the frequencies twice over (arXiv 2104.09864, the rotate-half form)."""
+    width = arch.rotary_width
+    inverse_frequencies = arch.rotary_base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse_frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotates the first R of each head's C values by its position; computed in fp32."""
+    width = cos_TR.shape[-1]
+    if width == 0:
+        return x_BTHC
+    turned, kept = x_BTHC[..., :width].float(), x_BTHC[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos_TR[:, None] + torch.cat((-second, first), dim=-1) * sin_TR[:, None]
+    return torch.cat((turned.to(x_BTHC.dtype), kept), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.heads = arch.heads
+        self.query_key_value = Linear(arch.width, 3 * arch.width)
+        self.dense = Linear(arch.width, arch.width)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], documents_BT: Tensor | None) -> Tensor:
+        qkv_BTHC = self.query_key_value(x_BTD).unflatten(-1, (self.heads, -1))
+        q_BTHC, k_BTHC, v_BTHC = qkv_BTHC.chunk(3, dim=-1)
+        y_BTHC = attention(rotate(q_BTHC, *rotary), rotate(k_BTHC, *rotary), v_BTHC, documents_BT)
+        return self.dense(y_BTHC.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.approximate = "tanh" if arch.gelu == "tanh" else "none"
+        self.dense_h_to_4h = Linear(arch.width, arch.mlp_width)
+        self.dense_4h_to_h = Linear(arch.mlp_width, arch.width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x_BTD), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.parallel_residual = arch.parallel_residual
+        self.input_layernorm = LayerNorm(arch.width, eps=arch.norm_eps)
+        self.post_attention_layernorm = LayerNorm(arch.width, eps=arch.norm_eps)
+        self.attention = Attention(arch)
+        self.mlp = MLP(arch)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], documents_BT: Tensor | None) -> Tensor:
+        attended_BTD = self.attention(self.input_layernorm(x_BTD), rotary, documents_BT)
+        if self.parallel_residual:
+            return x_BTD + attended_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class GPTNeoX(nn.Module):
+    """The language model. Its first parameters mean nothing: call `initialise_`, or load a checkpoint.
+
+    compute_dtype: torch.float32 or torch.bfloat16, of activations and matrix products. A plain attribute, so that one
+    model can be run in both.
+    """
+
+    def __init__(self, arch: Architecture, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.arch = arch
+        self.compute_dtype = compute_dtype
+        self.embed_in = nn.Embedding(arch.vocab_size, arch.width)
+        self.layers = nn.ModuleList(Block(arch) for _ in range(arch.layers))
+        self.final_layer_norm = LayerNorm(arch.width, eps=arch.norm_eps)
+        self.embed_out = Linear(arch.width, arch.vocab_size, bias=False)
+
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
+        """tokens_BT integer -> logits_BTV in the compute dtype; with targets_BT int64, the losses_BT fp32 instead.
+
+        documents_BT integer: the document of each token; attention then stays within a document (`document_ids`).
+        """
+        x_BTD = F.embedding(tokens_BT, self.embed_in.weight).to(self.compute_dtype)
+        rotary = rotary_table(tokens_BT.shape[1], self.arch, tokens_BT.device)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rotary, documents_BT)
+        x_BTD = self.final_layer_norm(x_BTD)
+        if targets_BT is None:
+            return self.embed_out(x_BTD)
+        return token_losses(x_BTD.flatten(0, 1), self.embed_out.weight, targets_BT.flatten()).view_as(targets_BT)
+
+    @torch.no_grad()
+    def initialise_(self, generator: torch.Generator | None = None) -> None:
+        """GPT-NeoX's initialisation: "small init" sqrt(2/5D) (arXiv 1910.05895) for matrices, "wang init" 2/(L sqrt D)
+        for those that write to the residual stream; biases 0, norms 1."""
+        small = math.sqrt(2 / (5 * self.arch.width))
+        wang = 2 / (self.arch.layers * math.sqrt(self.arch.width))
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                residual = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
+                parameter.normal_(0.0, wang if residual else small, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def document_ids(tokens_BT: Tensor, eod: int) -> Tensor:
+    """The number of each token's document within its row, (B, T) int64; an end-of-document token ends its own."""
+    ends = (tokens_BT == eod).long()
+    return ends.cumsum(dim=1) - ends
