@@ -1,0 +1,242 @@
+"""Text into token ids: gigatoken, and `tokenizers` as the reference that it is checked against.
+
+Both read the same `tokenizer.json`, changed in one way: text that spells a special token is text. Padding, truncation
+and post-processing are not used.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import tokenizers
+
+from fastcpt import UserError
+from fastcpt.shards import dtype_for, tokenizer_fingerprint
+
+Backend = Literal["gigatoken", "tokenizers"]
+# Names of the token that ends a document, the first that a tokenizer has; `--eod` names any other.
+EOD_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|eos|>",
+    "<|eod|>",
+)
+# The bytes that occur in UTF-8.
+UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What decides how ids are stored. size: the highest id + 1. reserved: ranges [low, high) of ids that no text
+    may become: those of the special tokens."""
+
+    fingerprint: str
+    size: int
+    eod: int
+    eod_token: str
+    reserved: tuple[tuple[int, int], ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return dtype_for(self.size)
+
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.size,
+            "eod": self.eod,
+            "eod_token": self.eod_token,
+        }
+
+
+def load_tokenizer(argument: str) -> bytes:
+    """The `tokenizer.json` that a path, a folder or a hub id (`name/name[@revision]`) names. Raises UserError."""
+    path = Path(argument)
+    if path.is_dir():
+        path /= "tokenizer.json"
+    if path.is_file():
+        return path.read_bytes()
+    if (
+        not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", argument)
+        or argument.endswith(".json")
+        or (path.parent.is_dir() and path.parent != Path())
+    ):
+        raise UserError(f"{path}: no such file; give a tokenizer.json, a folder with one, or a hub id")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name, _, revision = argument.partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", revision=revision or None)).read_bytes()
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{argument}: neither a file here nor a tokenizer.json that can be had from the hub ({reason}); "
+            "give the path of a tokenizer.json"
+        ) from None
+
+
+def _load_reference(tokenizer_json: bytes | str, source: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(
+            tokenizer_json if isinstance(tokenizer_json, str) else tokenizer_json.decode()
+        )
+    except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
+        raise UserError(f"{source}: not a tokenizer.json that `tokenizers` can load: {error}") from None
+
+
+def read_vocabulary(tokenizer_json: bytes, eod: str | None, source: str) -> Vocabulary:
+    """Raises UserError when it is no tokenizer.json, or has no token `eod` (or, if None, none of EOD_NAMES)."""
+    ids = _load_reference(tokenizer_json, source).get_vocab(with_added_tokens=True)
+    content = json.loads(tokenizer_json)
+    special = {token["content"]: token["id"] for token in content.get("added_tokens") or () if token["special"]}
+    name = eod if eod is not None else next((name for name in EOD_NAMES if name in ids), None)
+    if name is None or name not in ids:
+        missing = "no end-of-document token that is known" if name is None else f"no token {name!r}"
+        raise UserError(f"{source}: {missing}; name one with --eod; its special tokens: {', '.join(special) or 'none'}")
+    if content["model"].get("dropout"):
+        raise UserError(
+            f"{source}: its model has dropout {content['model']['dropout']}, so that ids differ by chance; set it to null"
+        )
+    return Vocabulary(
+        fingerprint=tokenizer_fingerprint(tokenizer_json),
+        size=max(ids.values()) + 1,
+        eod=ids[name],
+        eod_token=name,
+        reserved=_ranges({*special.values(), ids[name]}),
+    )
+
+
+def _ranges(ids: set[int]) -> tuple[tuple[int, int], ...]:
+    lows = sorted(index for index in ids if index - 1 not in ids)
+    highs = sorted(index + 1 for index in ids if index + 1 not in ids)
+    return tuple(zip(lows, highs, strict=True))
+
+
+def _without_extras(tokenizer_json: bytes, eod_token: str) -> dict[str, Any]:
+    """The tokenizer as it is used: no padding, no truncation, and the end-of-document token counted as special."""
+    content = json.loads(tokenizer_json)
+    tokens = content.get("added_tokens") or []
+    tokens = [{**token, "special": token["special"] or token["content"] == eod_token} for token in tokens]
+    return {**content, "truncation": None, "padding": None, "added_tokens": tokens}
+
+
+def _is_byte_level(content: dict[str, Any]) -> bool:
+    splitter = content.get("pre_tokenizer") or {}
+    steps = splitter.get("pretokenizers", [splitter])
+    return content["model"].get("type") == "BPE" and any(step.get("type") == "ByteLevel" for step in steps)
+
+
+@functools.cache
+def _byte_of_char() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes for U+0100 and up (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def token_bytes(tokenizer_json: bytes, vocabulary: Vocabulary) -> np.ndarray:
+    """(vocabulary.size,) uint16: UTF-8 bytes of text that each id stands for; 0 for special tokens and unused ids.
+
+    Exact for byte-level BPE. In other vocabularies "▁" counts as a space and "<0x0A>" as a byte (SentencePiece).
+    """
+    content = json.loads(tokenizer_json)
+    byte_level = _is_byte_level(content)
+    sizes = np.zeros(vocabulary.size, np.uint16)
+
+    def size(token: str) -> int:
+        if byte_level:
+            return len(token) if all(char in _byte_of_char() for char in token) else len(token.encode())
+        return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+
+    added = {token["content"] for token in content.get("added_tokens") or ()}
+    for token, index in _load_reference(tokenizer_json, "tokenizer.json").get_vocab(with_added_tokens=True).items():
+        sizes[index] = len(token.encode()) if token in added else size(token)
+    for low, high in vocabulary.reserved:
+        sizes[low:high] = 0
+    return sizes
+
+
+class Encoder(Protocol):
+    def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """UTF-8 texts -> (ids of all, one after another; number of ids of each (D,) int64). No special tokens added."""
+        ...
+
+
+class Reference:
+    """The `tokenizers` library, text that spells a special token kept as text."""
+
+    def __init__(self, tokenizer_json: bytes, vocabulary: Vocabulary) -> None:
+        content = _without_extras(tokenizer_json, vocabulary.eod_token)
+        self._tokenizer = _load_reference(json.dumps(content), "tokenizer.json")
+        self._tokenizer.encode_special_tokens = True
+
+    def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        texts = [document.decode() for document in documents]
+        rows = [row.ids for row in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        return np.fromiter((index for row in rows for index in row), np.uint32, int(counts.sum())), counts
+
+
+class Gigatoken:
+    """gigatoken on the calling thread. It is given the tokenizer without its special tokens, so that none can match."""
+
+    def __init__(self, tokenizer_json: bytes, vocabulary: Vocabulary) -> None:
+        import gigatoken
+
+        content = _without_extras(tokenizer_json, vocabulary.eod_token)
+        instead = "use --tokenizer-backend tokenizers"
+        if not _is_byte_level(content):
+            raise UserError(
+                f"tokenizer.json: not byte-level BPE, all that the fast tokenizer is trusted with; {instead}"
+            )
+        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+        try:
+            self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(content))
+        except Exception as error:  # noqa: BLE001 (what it raises is not documented)
+            raise UserError(f"tokenizer.json: gigatoken cannot load it ({error}); {instead}") from None
+
+    def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        layout = self._tokenizer.encode_batch(documents, parallel=False).layout
+        offsets = np.asarray(layout.offsets.data)
+        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+
+def make_encoder(tokenizer_json: bytes, vocabulary: Vocabulary, backend: Backend) -> Encoder:
+    """Raises UserError when the tokenizer is beyond the backend."""
+    return (Gigatoken if backend == "gigatoken" else Reference)(tokenizer_json, vocabulary)
+
+
+def uncovered_byte(tokenizer_json: bytes) -> Callable[[bytes], int | None]:
+    """A function from a UTF-8 text to a byte in it that a byte-level vocabulary lacks, or None.
+
+    Such a byte would be dropped, or become id 0, in silence. Vocabularies trained from the whole alphabet lack none.
+    """
+    content = json.loads(tokenizer_json)
+    vocab = content["model"].get("vocab") or {}
+    lacking = [byte for char, byte in _byte_of_char().items() if byte in UTF8_BYTES and char not in vocab]
+    if not _is_byte_level(content) or not lacking:
+        return lambda text: None
+    normalizer = _load_reference(tokenizer_json, "tokenizer.json").normalizer
+    found = re.compile(b"[" + b"".join(b"\\x%02x" % byte for byte in lacking) + b"]")
+
+    def search(text: bytes) -> int | None:
+        match = found.search(normalizer.normalize_str(text.decode()).encode() if normalizer else text)
+        return match[0][0] if match else None
+
+    return search
+
+
+def workers_environment() -> None:
+    """In a worker process, before it encodes: `tokenizers` starts no threads of its own, there is a worker a core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
