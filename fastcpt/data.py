@@ -150,6 +150,12 @@ class Mixture:
         assert self.phases and self.phases[0].first == 0
         self._quotas = [Quotas([source.weight for source in phase.sources]) for phase in self.phases]
         self._permutations: dict[tuple[str, int], Permutation] = {}
+        for phase in self.phases:
+            content = [source.fingerprint for source in phase.sources]
+            if len(set(content)) < len(content):
+                raise UserError(
+                    f"data.train: {[s.name for s in phase.sources]} hold the same set twice; add up their weights"
+                )
         dtypes = {shard_set.dtype for shard_set in sets.values()}
         if len(dtypes) > 1:
             raise UserError(f"data.train: the sets {list(sets)} hold ids of different types {sorted(map(str, dtypes))}")
@@ -195,12 +201,14 @@ class Mixture:
         return out
 
     def seen(self, samples: int) -> dict[str, int]:
-        """Samples that each source has given before sample number `samples`."""
-        number = self._phase(samples)
-        phase = self.phases[number]
-        counts = self._quotas[number].counts(samples - phase.first)
-        earlier = self.seen(phase.first - 1) if phase.first else {}  # names of sources that a later phase dropped
-        return earlier | {source.name: source.start + count for source, count in zip(phase.sources, counts)}
+        """Samples that each source, by fingerprint, has given before sample number `samples`."""
+        seen = {}
+        ends = [phase.first for phase in self.phases[1:]] + [samples]
+        for phase, quotas, end in zip(self.phases, self._quotas, ends):
+            if phase.first <= samples:
+                counts = quotas.counts(min(end, samples) - phase.first)
+                seen |= {source.fingerprint: source.start + count for source, count in zip(phase.sources, counts)}
+        return seen
 
 
 def evaluation_windows(shard_set: ShardSet, seq_len: int, tokens: int) -> np.ndarray:
@@ -215,20 +223,18 @@ def evaluation_windows(shard_set: ShardSet, seq_len: int, tokens: int) -> np.nda
     return np.sort(Permutation(size, ("evaluation", shard_set.fingerprint))(np.arange(count)))
 
 
-def batches(
-    mixture: Mixture, first_step: int, last_step: int, batch: int, rank: int, world: int
-) -> Iterator[np.ndarray]:
-    """The windows of this rank for each step from first_step to below last_step, read one step ahead on a thread.
+def batches(mixture: Mixture, first: int, steps: int, batch: int, rank: int, world: int) -> Iterator[np.ndarray]:
+    """This process's windows for each of `steps` steps from sample `first` on, read one step ahead on a thread.
 
-    A step's batch is the samples [step * batch, (step + 1) * batch); rank r of W takes [r batch / W, (r+1) batch / W)
-    of it, so the order of a step does not depend on W.
+    A step takes the next `batch` samples; process r of W takes the part [r batch / W, (r + 1) batch / W) of them, so
+    what a step sees does not depend on W.
     """
     low, high = rank * batch // world, (rank + 1) * batch // world
     with ThreadPoolExecutor(1, thread_name_prefix="data") as reader:
-        ahead = None
-        for step in range(first_step, last_step):
-            current = ahead or reader.submit(mixture.windows, step * batch + low, high - low)
-            ahead = None
-            if step + 1 < last_step:
-                ahead = reader.submit(mixture.windows, (step + 1) * batch + low, high - low)
-            yield current.result()
+        ahead = reader.submit(mixture.windows, first + low, high - low) if steps else None
+        for step in range(1, steps + 1):
+            assert ahead is not None
+            current = ahead.result()
+            if step < steps:
+                ahead = reader.submit(mixture.windows, first + step * batch + low, high - low)
+            yield current

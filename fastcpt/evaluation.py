@@ -1,0 +1,92 @@
+"""Validation sets by name: loss, exact bits per byte, and from them forgetting and adaptation."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastcpt import UserError
+from fastcpt.data import evaluation_windows
+from fastcpt.model import GPTNeoX, document_ids
+from fastcpt.parallel import World
+from fastcpt.shards import ShardSet
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A validation set with its fixed windows (`data.evaluation_windows`)."""
+
+    name: str
+    role: str
+    shards: ShardSet
+    windows: np.ndarray
+
+    @classmethod
+    def open(cls, name: str, role: str, shards: ShardSet, seq_len: int, tokens: int) -> "NamedSet":
+        return cls(name, role, shards, evaluation_windows(shards, seq_len, tokens))
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPTNeoX, named: NamedSet, seq_len: int, micro_batch: int, document_mask: bool, world: World
+) -> dict[str, Any]:
+    """{"loss" (nats a token), "bits_per_byte", "tokens", "role"} over the set's fixed windows, summed over processes.
+
+    Bits per byte is exact: the bytes are those of the target tokens' text, an end-of-document token counting none.
+    """
+    model.eval()
+    # Sums in float64: what one process or several add up differs in nothing that a reader could see.
+    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    token_bytes = torch.from_numpy(named.shards.token_bytes.astype(np.int64)).to(world.device)
+    for first in range(world.rank * micro_batch, len(named.windows), world.size * micro_batch):
+        indexes = named.windows[first : first + micro_batch]
+        rows = len(indexes)
+        padded = np.resize(indexes, micro_batch)  # one shape alone, so that a compiled model is compiled once
+        window_BT = torch.from_numpy(named.shards.windows(padded, seq_len).astype(np.int64)).to(world.device)
+        tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:].contiguous()
+        documents_BT = document_ids(tokens_BT, named.shards.eod) if document_mask else None
+        losses_BT = model(tokens_BT, targets_BT, documents_BT)[:rows]
+        targets_BT = targets_BT[:rows]
+        totals += torch.stack(
+            (
+                losses_BT.double().sum(),
+                token_bytes[targets_BT].sum().double(),
+                losses_BT.new_tensor(losses_BT.numel(), dtype=torch.float64),
+            )
+        )
+    model.train()
+    nats, size, tokens = world.sum_(totals).tolist()
+    return {
+        "loss": nats / tokens,
+        "bits_per_byte": nats / math.log(2) / size,
+        "tokens": int(tokens),
+        "role": named.role,
+    }
+
+
+def changes(results: dict[str, dict[str, Any]], start: dict[str, float]) -> dict[str, float]:
+    """forgetting = upstream loss now - at step 0; adaptation = downstream loss at step 0 - now; means over their sets."""
+    out = {}
+    for role, name, sign in (("upstream", "forgetting", 1), ("downstream", "adaptation", -1)):
+        deltas = [sign * (entry["loss"] - start[key]) for key, entry in results.items() if entry["role"] == role]
+        if deltas:
+            out[name] = sum(deltas) / len(deltas)
+    return out
+
+
+def is_due(step: int, last: int, every: int, warmup_end: int) -> bool:
+    """At the start, at the end, every `every` steps, and four times as often until the warm-up's end."""
+    often = max(1, every // 4) if step <= warmup_end else every
+    return step in (0, last) or step % often == 0
+
+
+def check_ids(sets: Sequence[ShardSet], vocab_size: int) -> None:
+    """Raises UserError when a set holds ids that the model has no row for."""
+    for shard_set in sets:
+        if shard_set.vocab_size > vocab_size:
+            raise UserError(
+                f"{shard_set.path}: its tokenizer has {shard_set.vocab_size:,} ids, the model {vocab_size:,} rows; use the model's tokenizer"
+            )

@@ -1,0 +1,197 @@
+"""Where a run's weights, moments and data position come from, and what is refused on the way (DESIGN.md, D12).
+
+scratch    new weights
+pretrained the weights of a Hugging Face model; its history is unknown
+continue   the weights of a fastcpt checkpoint, its moments if asked; data and schedule start anew
+branch     weights, moments, step and data position of a checkpoint; a new schedule that starts at its rate
+resume     the same run goes on: all of the above and the schedule's place, as if it had never stopped
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastcpt import UserError, checkpoint, hf
+from fastcpt.config import Config, to_dict
+from fastcpt.data import Phase, PhaseSource, parts_per_million
+from fastcpt.model import Architecture, resolve_architecture
+from fastcpt.parallel import World
+from fastcpt.schedules import Plan, warmup_steps
+from fastcpt.shards import ShardSet, tokenizer_fingerprint
+
+# What may differ when a run goes on: where and how it runs and reports, not what it computes. Sets are compared by
+# their content, not by their paths.
+FREE = ("run.", "data.reader", "train.micro_batch", "train.parallel", "train.compile")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a run starts. path: the folder that weights are read from; state: a checkpoint's `state.json`."""
+
+    kind: Literal["scratch", "pretrained", "continue", "branch", "resume"]
+    arch: Architecture
+    path: Path | None = None
+    state: dict[str, Any] | None = None
+
+    @property
+    def keeps_position(self) -> bool:
+        return self.kind in ("branch", "resume")
+
+
+def find_origin(config: Config, world: World) -> Origin:
+    """Looks for a checkpoint of this run, else for what `init.from` names. Verified before it is parsed."""
+    own = world.on_first(lambda: checkpoint.newest(Path(config.run.output)))
+    if own is not None:
+        state = checkpoint.read_state(own)
+        return Origin("resume", Architecture(**state["architecture"]), own, state)
+    source = config.init.from_
+    if source == "scratch":
+        if config.init.optimizer == "keep":
+            raise UserError("init.optimizer is keep, but a run from scratch has no moments to keep; remove it")
+        return Origin("scratch", resolve_architecture(config.model, None, "scratch"))
+    found = world.on_first(lambda: checkpoint.find(source))
+    if found is not None:
+        state = checkpoint.read_state(found)
+        arch = resolve_architecture(config.model, Architecture(**state["architecture"]), str(found))
+        return Origin("branch" if config.init.branch else "continue", arch, found, state)
+    folder = world.on_first(lambda: hf.resolve(source))
+    for setting in ("branch", "optimizer: keep"):
+        if config.init.branch if setting == "branch" else config.init.optimizer == "keep":
+            raise UserError(
+                f"init.{setting} needs Adam's moments, and {source} has weights alone; start from a checkpoint"
+            )
+    return Origin("pretrained", resolve_architecture(config.model, hf.read_architecture(folder), source), folder)
+
+
+def fingerprints(entries: Sequence[Any], sets: dict[str, ShardSet]) -> dict[str, str]:
+    return {entry.name: sets[entry.name].fingerprint for entry in entries}
+
+
+def check_tokenizer(config: Config, origin: Origin, sets: Sequence[ShardSet]) -> None:
+    """All sets, and the model, must speak the same ids."""
+    expected, owner = sets[0].manifest["tokenizer"]["fingerprint"], str(sets[0].path)
+    for shard_set in sets[1:]:
+        if shard_set.manifest["tokenizer"]["fingerprint"] != expected:
+            raise UserError(
+                f"{shard_set.path}: made with another tokenizer than {owner}; prepare both with the same one"
+            )
+    if origin.kind == "scratch" or config.init.force:
+        return
+    assert origin.path is not None
+    beside = origin.path / "tokenizer.json"
+    if beside.exists() and tokenizer_fingerprint(beside.read_bytes()) != expected:
+        raise UserError(
+            f"{beside}: the model's tokenizer is not the one that made {owner}; prepare the text with the model's "
+            "(--tokenizer), or say init.force: true if the ids mean the same"
+        )
+
+
+def check_resume(config: Config, state: dict[str, Any], data: dict[str, Any]) -> None:
+    """Refuses, with the difference, to go on with a run under another configuration or on other data."""
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+        if items is None:
+            return {prefix: value}
+        return {
+            key: leaf
+            for name, inner in items
+            for key, leaf in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+
+    before, now = flat(state["config"], ""), flat(to_dict(config), "")
+    before |= flat(state["data"]["fingerprints"], "content of data")
+    now |= flat(data, "content of data")
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE) and not key.endswith(".path")
+    ]
+    if changed:
+        raise UserError(
+            f"{config.run.output}: this run is at step {state['step']} with another configuration ({'; '.join(changed)}); "
+            "put it back, or start in a new folder (init.from this one, with or without init.branch)"
+        )
+
+
+def make_plan(config: Config, origin: Origin) -> Plan:
+    """The run's learning rates. A resumed run takes them from its checkpoint."""
+    state = origin.state
+    if origin.kind == "resume":
+        assert state is not None
+        return Plan(**state["plan"])
+    steps = -(-config.train.tokens // config.train.batch_tokens)
+    schedule = config.schedule
+    if origin.kind == "branch":
+        assert state is not None
+        return Plan(schedule.kind, state["step"], steps, 0, state["lr"], schedule.min_lr_ratio)
+    assert config.optim.lr is not None
+    return Plan(schedule.kind, 0, steps, warmup_steps(schedule.warmup, steps), config.optim.lr, schedule.min_lr_ratio)
+
+
+def make_phases(config: Config, origin: Origin, sets: dict[str, ShardSet], seen: dict[str, int]) -> list[Phase]:
+    """The mixture's phases. A branch keeps those of its checkpoint, and a changed mixture becomes a new one.
+
+    seen: samples that each set, by fingerprint, has given before a branch's position.
+    """
+    weights = parts_per_million([source.weight for source in config.data.train])
+    now = fingerprints(config.data.train, sets)
+    earlier = (
+        [Phase.from_dict(phase) for phase in origin.state["data"]["phases"]]
+        if origin.keeps_position and origin.state
+        else []
+    )
+    if origin.kind == "resume":
+        return earlier
+    start = seen if origin.kind == "branch" else {}
+    sources = tuple(
+        PhaseSource(source.name, now[source.name], weight, start.get(now[source.name], 0))
+        for source, weight in zip(config.data.train, weights)
+    )
+    if not earlier:
+        return [Phase(0, sources)]
+    assert origin.state is not None
+    shares = [(source.fingerprint, source.weight) for source in sources]
+    if shares == [(source.fingerprint, source.weight) for source in earlier[-1].sources]:
+        return earlier
+    return [*earlier, Phase(origin.state["data"]["samples"], sources)]
+
+
+def history_of(origin: Origin) -> dict[str, Any]:
+    """{"complete": whether all that the model has seen is known, "seen": fingerprints}, before this run."""
+    if origin.state is not None:
+        return origin.state["history"]
+    return {"complete": origin.kind == "scratch", "seen": []}
+
+
+def check_rewarm(config: Config, origin: Origin, plan: Plan, sets: dict[str, ShardSet]) -> None:
+    """Refuses a rate that rises on data that the model has seen, unless forced: it breaks what was learned.
+
+    Finding 3 of arXiv 2308.04014: re-warming on the same distribution raised the loss, and it had not come back within
+    50B tokens.
+    """
+    if origin.kind not in ("continue", "pretrained"):
+        return
+    history = history_of(origin)
+    fresh = [source for source in config.data.train if not source.replay]
+    new = [source.name for source in fresh if sets[source.name].fingerprint not in history["seen"]]
+    reached = origin.state["lr"] if origin.state else 0.0
+    if plan.peak <= reached * (1 + 1e-9):
+        return
+    if not new:
+        message = (
+            f"{config.init.from_}: the rate would rise from {reached:.3g} to {plan.peak:.3g}, but the model has seen all of "
+            f"{[source.name for source in fresh] or 'the data (every source says replay: true)'}: re-warming on the same data "
+            "raises the loss (arXiv 2308.04014, finding 3); use init.branch: true to go on without a rise"
+        )
+        if not config.init.force:
+            raise UserError(message + ", or init.force: true to do it all the same")
+        print(f"warning: {message}", file=sys.stderr)
+    elif not history["complete"]:
+        print(
+            f"warning: what {config.init.from_} was trained on is not known in full; if {', '.join(new)} was part of it, "
+            "re-warming will raise the loss (arXiv 2308.04014, finding 3)",
+            file=sys.stderr,
+        )

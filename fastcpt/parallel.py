@@ -1,0 +1,89 @@
+"""Processes and devices: one process without a group, or several under torchrun."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastcpt import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sums over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def on_first(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on the first process and returns its value on every one; a UserError is raised on every one."""
+        value: Any = None
+        error: UserError | None = None
+        if self.first:
+            try:
+                value = function()
+            except UserError as caught:
+                error = caught
+        if self.size > 1:
+            answers = [(value, None if error is None else str(error))]
+            dist.broadcast_object_list(answers, device=self.device)
+            value, message = answers[0]
+            error = error or (None if message is None else UserError(message))
+        if error is not None:
+            raise error
+        return value
+
+
+def start(parallel: str) -> World:
+    """Joins torchrun's group if there is one. Raises UserError where the launch and `train.parallel` disagree."""
+    size, rank, local_rank = (int(os.environ.get(name, value)) for name, value in
+                              (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
+    gpus = torch.cuda.device_count()
+    if size == 1 and gpus > 1 and parallel != "single":
+        command = f"torchrun --nproc_per_node={gpus} -m fastcpt.train {shlex.join(sys.argv[1:])}"
+        raise UserError(
+            f"{gpus} GPUs are visible but there is one process; run `{command}`, or set train.parallel: single"
+        )
+    if size > 1 and parallel == "single":
+        raise UserError(f"train.parallel is single, but torchrun started {size} processes; use ddp or auto")
+    if gpus and local_rank >= gpus:
+        raise UserError(f"process {local_rank} of this machine has no GPU: {gpus} are visible; lower --nproc_per_node")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run on the hardware's own instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,47 @@
+"""Learning rates as pure functions of the step: nothing to save, nothing to restore, nothing to drift."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fastcpt import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The learning rate of every step of a run.
+
+    Steps are counted from 1: `rate(first + k)` is the rate of the run's k-th step. first: the step the plan starts
+    after (0, or a branch's checkpoint). steps: how many it lasts. warmup: of those, how many rise to the peak.
+    """
+
+    kind: Literal["cosine", "constant"]
+    first: int
+    steps: int
+    warmup: int
+    peak: float
+    min_lr_ratio: float
+
+    def __post_init__(self) -> None:
+        if self.warmup > self.steps:
+            raise UserError(
+                f"schedule.warmup is {self.warmup} steps, but the run has {self.steps}; shorten the warm-up"
+            )
+
+    def rate(self, step: int) -> float:
+        """Linear from peak/warmup to the peak, never 0; then constant, or half a cosine that ends at min_lr_ratio."""
+        done = step - self.first
+        if done <= self.warmup:
+            return self.peak * done / self.warmup if self.warmup else self.peak
+        if self.kind == "constant":
+            return self.peak
+        progress = min(1.0, (done - self.warmup) / (self.steps - self.warmup))
+        return self.peak * (self.min_lr_ratio + (1 - self.min_lr_ratio) / 2 * (1 + math.cos(math.pi * progress)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Below 1 a fraction of the steps, rounded up; from 1 on a number of steps."""
+    return math.ceil(warmup * steps - 1e-9) if warmup < 1 else int(warmup)

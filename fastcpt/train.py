@@ -1,0 +1,409 @@
+"""Continual pre-training: the file that torchrun runs.
+
+    fastcpt train --config run.yaml [--section.field VALUE ...]
+    torchrun --nproc_per_node=8 fastcpt/train.py --config run.yaml
+    torchrun --nproc_per_node=8 -m fastcpt.train --config run.yaml
+
+`setup` builds everything from the configuration, `train_step` is one optimizer step, `train` is the loop: evaluate,
+step, log, save. The same command started again goes on from the newest checkpoint, bit for bit (`lineage.py`).
+
+Shapes: B sequences, T tokens a sequence.
+"""
+
+import sys
+
+if __name__ == "__main__" and sys.path and sys.path[0].rstrip("/").endswith("fastcpt"):
+    del sys.path[0]  # torchrun put this file's folder first, where our modules would answer to other packages' names
+
+import base64
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel
+from fastcpt.config import Config, parse, to_dict, to_yaml
+from fastcpt.data import Mixture, batches
+from fastcpt.evaluation import NamedSet
+from fastcpt.model import GPTNeoX, document_ids
+from fastcpt.optim import AdamW
+from fastcpt.parallel import World
+from fastcpt.schedules import Plan
+from fastcpt.shards import ShardSet
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+class Diverged(Exception):
+    """Gradients were not finite several steps in a row. Exit code 3."""
+
+
+@dataclass
+class State:
+    """A run in memory."""
+
+    config: Config
+    world: World
+    origin: lineage.Origin
+    plan: Plan
+    mixture: Mixture
+    validation: list[NamedSet]
+    model: GPTNeoX
+    forward: Callable[..., Tensor]  # the model, or DDP around it
+    optimizer: AdamW
+    history: dict[str, Any]
+    step: int = 0
+    samples: int = 0
+    start_losses: dict[str, float] = field(default_factory=dict)  # of each validation set, before the first step
+    # Since the last log line: nats and tokens, float64 on the device. Skipped steps count nothing.
+    interval: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    # Steps skipped in all, and in a row until now, int64 on the device.
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.config.data.seq_len
+
+    @property
+    def last_step(self) -> int:
+        return self.plan.first + self.plan.steps
+
+
+def setup(config: Config) -> State:
+    """Everything that a run needs, at the step where it starts or goes on. Raises UserError for what cannot be run."""
+    world = parallel.start(config.train.parallel)
+    torch.manual_seed(config.train.seed)
+    data, train = config.data, config.train
+    batch = train.batch_tokens // data.seq_len
+    if batch < world.size:
+        raise UserError(f"train.batch_tokens is {batch} sequences, fewer than {world.size} processes; raise it")
+    sets = {source.name: ShardSet(source.path, data.reader) for source in data.train}
+    val_sets = {entry.name: ShardSet(entry.path, data.reader) for entry in data.val}
+    origin = lineage.find_origin(config, world)
+    every_set = [*sets.values(), *val_sets.values()]
+    lineage.check_tokenizer(config, origin, every_set)
+    evaluation.check_ids(every_set, origin.arch.vocab_size)
+    content = {"train": lineage.fingerprints(data.train, sets), "val": lineage.fingerprints(data.val, val_sets)}
+    if origin.kind == "resume":
+        assert origin.state is not None
+        lineage.check_resume(config, origin.state, content)
+    plan = lineage.make_plan(config, origin)
+    lineage.check_rewarm(config, origin, plan, sets)
+    mixture = _mixture(config, origin, sets)
+
+    precision = torch.bfloat16 if train.precision == "bf16" and parallel.has_bf16(world.device) else torch.float32
+    with torch.device("meta"):
+        model = GPTNeoX(origin.arch, precision)
+    model.to_empty(device=world.device)
+    if origin.kind == "scratch":
+        model.initialise_(torch.Generator(world.device).manual_seed(train.seed))
+    elif origin.kind == "pretrained":
+        assert origin.path is not None
+        hf.load_weights_(model, origin.path)
+    optimizer = AdamW(model.parameters(), config.optim)
+    validation = [
+        NamedSet.open(entry.name, entry.role, val_sets[entry.name], data.seq_len, config.run.eval_tokens)
+        for entry in data.val
+    ]
+    known = lineage.history_of(origin)
+    seen = sorted({*known["seen"], *content["train"].values()})
+    state = State(
+        config, world, origin, plan, mixture, validation, model, model, optimizer,
+        {"complete": known["complete"], "seen": seen},
+        interval=torch.zeros(2, dtype=torch.float64, device=world.device),
+        skipped=torch.zeros(2, dtype=torch.int64, device=world.device),
+    )  # fmt: skip
+    if origin.state is not None:
+        _load(state)
+    _wrap(state)
+    return state
+
+
+def _mixture(config: Config, origin: lineage.Origin, sets: dict[str, ShardSet]) -> Mixture:
+    data = config.data
+    seen: dict[str, int] = {}
+    if origin.kind == "branch":
+        assert origin.state is not None
+        position = origin.state["data"]
+        if (position["seq_len"], position["seed"]) != (data.seq_len, config.train.seed):
+            raise UserError(
+                f"init.branch keeps the data position, so data.seq_len and train.seed must stay {position['seq_len']} and "
+                f"{position['seed']}; they are {data.seq_len} and {config.train.seed}"
+            )
+        seen = position["seen"]
+    phases = lineage.make_phases(config, origin, sets, seen)
+    return Mixture(sets, phases, data.seq_len, config.train.seed)
+
+
+def _wrap(state: State) -> None:
+    """Compiles and distributes: the whole model for one process, block by block under DDP so that its reductions
+    overlap the backward pass. Every shape is static: the micro-batch and a shorter last one."""
+    if state.config.train.compile:
+        if state.world.size == 1:
+            state.model.compile(dynamic=False)
+        else:
+            for layer in state.model.layers:
+                layer.compile(dynamic=False)
+    if state.world.size > 1:
+        state.forward = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
+    """(B, T+1) uint16 or int32 -> int64 on the device; ids travel in the width that they have on disk."""
+    if windows.dtype == np.uint16:
+        return torch.from_numpy(windows.view(np.int16)).to(device, non_blocking=True).long() & 0xFFFF
+    return torch.from_numpy(windows).to(device, non_blocking=True).long()
+
+
+def train_step(state: State, batch_BT: np.ndarray) -> dict[str, Tensor]:
+    """One optimizer step on this process's windows, (B, T+1) token ids.
+
+    Losses are summed and divided by the token count of all processes, so neither the micro-batch nor the number of
+    processes changes the gradient. Returns fp32 scalars on the device, without waiting for it: "loss" (mean nats a
+    token of this process), "grad_norm" (before clipping), "skipped" (1.0 if the gradient was not finite).
+    """
+    config, world = state.config, state.world
+    windows_BT = to_device(batch_BT, world.device)
+    # DDP averages over processes; the factor makes that the sum.
+    scale = world.size / config.train.batch_tokens
+    micro_batches = windows_BT.split(config.train.micro_batch)
+    nats = torch.zeros((), device=world.device)
+    for number, window_BT in enumerate(micro_batches, 1):
+        tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:].contiguous()
+        documents_BT = document_ids(tokens_BT, _eod(state)) if config.data.document_mask else None
+        local = number < len(micro_batches) and isinstance(state.forward, DistributedDataParallel)
+        with state.forward.no_sync() if local else contextlib.nullcontext():  # type: ignore[attr-defined]
+            loss = state.forward(tokens_BT, targets_BT, documents_BT).sum()
+            (loss * scale).backward()
+        nats += loss.detach()
+    norm, skipped = state.optimizer.clipped_step(state.plan.rate(state.step + 1))
+    state.step += 1
+    state.samples += config.train.batch_tokens // config.data.seq_len
+    count = batch_BT.shape[0] * config.data.seq_len
+    applied = skipped == 0
+    state.interval += torch.where(
+        applied, torch.stack((nats.double(), nats.new_full((), count, dtype=torch.float64))), 0.0
+    )
+    state.skipped[0] += skipped.long()
+    state.skipped[1] = torch.where(applied, 0, state.skipped[1] + 1)
+    return {"loss": nats / count, "grad_norm": norm, "skipped": skipped}
+
+
+def _eod(state: State) -> int:
+    return next(iter(state.mixture.sets.values())).eod
+
+
+def evaluate(state: State) -> dict[str, Any]:
+    """An evaluation line: every validation set now, and the change since the start."""
+    config = state.config
+    results = {
+        named.name: evaluation.evaluate(
+            state.model, named, config.data.seq_len, config.train.micro_batch, config.data.document_mask, state.world
+        )
+        for named in state.validation
+    }
+    if not state.start_losses:
+        state.start_losses = {name: entry["loss"] for name, entry in results.items()}
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "eval": results,
+        **evaluation.changes(results, state.start_losses),
+    }
+
+
+def named_tensors(state: State) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name: model.*, exp_avg.*, exp_avg_sq.*, all fp32."""
+    tensors = {}
+    for name, parameter in state.model.named_parameters():
+        moments = state.optimizer.state[parameter]
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+    return tensors
+
+
+def save(state: State) -> Path:
+    """Writes a checkpoint of this step and removes those that `run.keep` no longer keeps."""
+    config, world = state.config, state.world
+    # One value for the run: the sum goes to the first process, from here on and after a resume alike.
+    world.sum_(state.interval)
+    values = {
+        "format": checkpoint.FORMAT,
+        "step": state.step,
+        "tokens": state.tokens,
+        "lr": state.plan.rate(state.step),
+        "adam_updates": state.optimizer.updates,
+        "architecture": asdict(state.model.arch),
+        "plan": state.plan.to_dict(),
+        "data": {
+            "samples": state.samples,
+            "seq_len": config.data.seq_len,
+            "seed": config.train.seed,
+            "phases": [asdict(phase) for phase in state.mixture.phases],
+            "seen": state.mixture.seen(state.samples),
+            "fingerprints": {
+                "train": {name: shard_set.fingerprint for name, shard_set in state.mixture.sets.items()},
+                "val": {named.name: named.shards.fingerprint for named in state.validation},
+            },
+        },
+        "history": state.history,
+        "start_losses": state.start_losses,
+        "interval": state.interval.tolist(),
+        "skipped": state.skipped.tolist(),
+        "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "config": to_dict(config),
+    }
+    if not world.first:
+        state.interval.zero_()
+    first_set = next(iter(state.mixture.sets.values()))
+    files = {
+        "config.yaml": to_yaml(config).encode(),
+        "tokenizer.json": (first_set.path / "tokenizer.json").read_bytes(),
+    }
+    run = Path(config.run.output)
+    saved = checkpoint.save(run, state.step, named_tensors(state), values, files, world)
+    if world.first:
+        checkpoint.rotate(run, config.run.keep)
+    return saved
+
+
+def _load(state: State) -> None:
+    """Reads what the run's kind takes from its checkpoint."""
+    origin, world = state.origin, state.world
+    assert origin.path is not None and origin.state is not None
+    values = origin.state
+    keeps_moments = origin.keeps_position or state.config.init.optimizer == "keep"
+    tensors = named_tensors(state)
+    checkpoint.load_tensors_(
+        origin.path, tensors if keeps_moments else {k: v for k, v in tensors.items() if k.startswith("model.")}, world
+    )
+    if keeps_moments:
+        state.optimizer.set_updates(values["adam_updates"])
+    if origin.keeps_position:
+        state.step, state.samples = values["step"], values["data"]["samples"]
+    if origin.kind == "resume":
+        state.start_losses = values["start_losses"]
+        if world.first:
+            state.interval.copy_(torch.tensor(values["interval"], dtype=torch.float64))
+        state.skipped.copy_(torch.tensor(values["skipped"]))
+        rng = np.frombuffer(base64.b64decode(values["rng"]), np.uint8)
+        torch.set_rng_state(torch.from_numpy(rng.copy()))
+
+
+def describe(state: State) -> str:
+    """The run's arithmetic, for people."""
+    config, world, plan, arch = state.config, state.world, state.plan, state.model.arch
+    train, seq_len = config.train, config.data.seq_len
+    flops = metrics.flops_per_token(arch, seq_len)
+    micro_batches = -(-train.batch_tokens // seq_len // (world.size * train.micro_batch))
+    precision = str(state.model.compute_dtype).removeprefix("torch.")
+    note = " (no bf16 instructions here)" if (train.precision, precision) == ("bf16", "float32") else ""
+    where = {"scratch": "new weights", "resume": f"step {state.step}"}.get(state.origin.kind, config.init.from_)
+    how = "compiled" if train.compile else "eager"
+    end = plan.rate(state.last_step)
+    return (
+        f"{state.origin.kind}: {where}; {metrics.parameter_count(arch):,} parameters, {flops / 1e9:.3g} GFLOP a token\n"
+        f"{plan.steps:,} steps of {train.batch_tokens:,} tokens: {world.size} x {micro_batches} micro-batches of up to "
+        f"{train.micro_batch} x {seq_len}\n"
+        f"learning rate: {plan.warmup:,} steps of warm-up to {plan.peak:.3g}, then {plan.kind}, {end:.3g} at the end\n"
+        f"{world.device}, {precision}{note}, {how}; writes to {config.run.output}"
+    )
+
+
+def train(config: Config) -> State:
+    """The loop. Returns at the last step; started again with the same output it goes on from its newest checkpoint."""
+    started = time.perf_counter()
+    folder = Path(config.run.output)
+    world = parallel.start(config.train.parallel)
+    locks: list[TextIO] = []
+    world.on_first(lambda: locks.append(checkpoint.lock(folder)))
+    state = setup(config)
+    run, first = config.run, world.first
+    resumed_at = state.step if state.origin.kind == "resume" else None
+    loggers = metrics.open_loggers(run, to_dict(config), resumed_at) if first else []
+    if first:
+        (folder / "config.yaml").write_text(to_yaml(config))
+        print(describe(state), flush=True)
+
+    def report(line: dict[str, Any]) -> None:
+        if first:
+            for logger in loggers:
+                logger.log(line)
+            print(metrics.console_line(line, state.last_step), flush=True)
+
+    warmup_end = state.plan.first + state.plan.warmup
+    peak = metrics.peak_flops(world.device, state.model.compute_dtype) * world.size
+    flops = metrics.flops_per_token(state.model.arch, config.data.seq_len)
+    if state.step == state.plan.first and state.validation:
+        report(evaluate(state))
+    batch = config.train.batch_tokens // config.data.seq_len
+    steps = state.last_step - state.step
+    clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
+    for windows in batches(state.mixture, state.samples, steps, batch, world.rank, world.size):
+        result = train_step(state, windows)
+        last = state.step == state.last_step
+        if gc.get_freeze_count() == 0:
+            gc.collect()  # what lives from here on lives long: later collections need not look at it
+            gc.freeze()
+        if state.step % run.log_every == 0 or last:
+            totals = world.sum_(state.interval).tolist()  # the one wait for the device of an interval
+            state.interval.zero_()
+            skipped, in_a_row = state.skipped.tolist()
+            elapsed = time.perf_counter() - clock
+            rate = (state.step - clock_step) * config.train.batch_tokens / elapsed
+            report({
+                "step": state.step, "tokens": state.tokens, "loss": totals[0] / max(totals[1], 1.0),
+                "lr": state.plan.rate(state.step), "grad_norm": result["grad_norm"].item(), "skipped": skipped,
+                "tokens_per_second": rate, "mfu": rate * flops / peak, "seconds": time.perf_counter() - started,
+                "eta_seconds": (state.last_step - state.step) * config.train.batch_tokens / rate,
+                "peak_memory_bytes": metrics.peak_memory(world.device),
+            })  # fmt: skip
+            if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise Diverged(
+                    f"step {state.step}: gradients were not finite {in_a_row} steps in a row; lower optim.lr"
+                )
+            clock, clock_step = time.perf_counter(), state.step
+        pause = time.perf_counter()
+        if state.validation and evaluation.is_due(state.step, state.last_step, run.eval_every, warmup_end):
+            report(evaluate(state))
+        if state.step % run.save_every == 0 or last:
+            for logger in loggers:
+                logger.sync()
+            save(state)
+        clock += time.perf_counter() - pause
+    if first and steps == 0:
+        print(f"{folder}: complete at step {state.step}")
+    for closing in (*loggers, *locks):
+        closing.close()
+    return state
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line's `train`; returns the exit code."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        train(parse(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        if first:
+            print(f"fastcpt: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        if first:
+            print(f"fastcpt: {error}", file=sys.stderr)
+        return 3
+    finally:
+        parallel.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
