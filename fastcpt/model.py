@@ -93,7 +93,7 @@ def resolve_architecture(config: ModelConfig, source: Architecture | None, where
     if source is None:
         if preset is None and not {"layers", "width", "heads", "vocab_size"} <= given.keys():
             raise UserError("model: from scratch it takes a preset, or layers, width, heads and vocab_size")
-        return replace(preset, **given) if preset else Architecture(**given)
+        return replace(preset, **{"mlp_width": 0, **given}) if preset else Architecture(**given)
     sizes = {name: getattr(preset, name) for name in ("layers", "width", "heads", "vocab_size")} if preset else {}
     for name, value in {**sizes, **given}.items():
         if name != "gelu" and value != getattr(source, name):

@@ -1,0 +1,357 @@
+"""Hugging Face checkpoint <-> our parameters, both ways.
+
+A checkpoint is a folder with `config.json` and safetensors: `model.safetensors`, or several files with
+`model.safetensors.index.json`. Tensors keep the names and the layout of `transformers`' GPT-NeoX (reference: its
+`models/gpt_neox` and FORMATS.md 4.4), so that reading and writing are bijections. Pickles are never opened, code that
+comes with a checkpoint is never run, and no file outside of the folder is read.
+"""
+
+import json
+import logging
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import torch
+
+from fastcpt import UserError
+from fastcpt.integrity import read_json, sync_directory, sync_file, write_json
+from fastcpt.model import Architecture, GPTNeoX
+
+log = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000  # as transformers and huggingface_hub cut their files
+
+SIZES = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "mlp_width": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
+# Each of these has had several spellings: transformers 4 wrote the first, 4.48 the second as well, 5 the last.
+REALS = {
+    "norm_eps": ("layer_norm_eps",),
+    "rotary_base": ("rotary_emb_base", "rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta"),
+    "rotary_fraction": (
+        "rotary_pct",
+        "partial_rotary_factor",
+        "rope_scaling.partial_rotary_factor",
+        "rope_parameters.partial_rotary_factor",
+    ),
+}
+GELU: dict[str, Literal["erf", "tanh"]] = {
+    "gelu": "erf",
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+}
+# What no GPT-NeoX of ours has, with the value of a file that does not say.
+FIXED = (
+    ("model_type", "gpt_neox", None, "only GPT-NeoX models can be trained"),
+    ("tie_word_embeddings", False, False, "only untied embeddings are supported; save the model with an embed_out"),
+    ("attention_bias", True, True, "only attention with biases is supported; save the model with zeros for them"),
+    ("auto_map", None, None, "code that comes with a model is never run; remove the key if this is plain GPT-NeoX"),
+)
+# Buffers that old files carry: masks and frequencies, which follow from the configuration.
+BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, as its file's header says."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def resolve(source: str) -> Path:
+    """A folder as it is, or `hub-id[@revision]` downloaded (or from the hub's cache). Raises UserError."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    hub_id, _, revision = source.partition("@")
+    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
+        raise UserError(f"{source}: not a folder, and not a hub-id[@revision]; give the folder of a checkpoint")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.json"]
+        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns))
+    except RevisionNotFoundError:
+        raise UserError(f"{source}: {hub_id} has no revision {revision!r}; its page on the hub lists them") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{source}: no such folder, and no such model on the hub; mend the name, or log in to see a private one"
+        ) from None
+    except Exception as error:  # the classes for a dead network, a full disk and a bad name differ between versions
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{source}: no such folder, and the hub did not deliver it ({type(error).__name__}: {reason}); "
+            "mend the name or the network, or give the folder of a downloaded copy"
+        ) from error
+
+
+def member(directory: Path, name: str) -> Path:
+    """A file of the folder. Raises UserError for a link that leaves it: it could name any file of the machine."""
+    root = directory.resolve()
+    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
+        root = root.parents[2]  # the hub's cache: files are links to blobs beside the snapshots
+    path = directory / name
+    if not path.resolve().is_relative_to(root):
+        raise UserError(f"{path}: a link to {path.resolve()}, outside of its folder; copy the file itself there")
+    return path
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """The architecture that `config.json` describes, in any of its spellings.
+
+    Raises UserError that names the file, the key, its value and the mend for all that GPT-NeoX of ours is not.
+    """
+    file = member(directory, "config.json")
+    config = read_json(file, "the configuration of a Hugging Face model")
+
+    def refuse(key: str, value: Any, mend: str) -> NoReturn:
+        raise UserError(f"{file}: {key} is {json.dumps(value)}; {mend}")
+
+    def number(key: str, value: Any, kind: tuple[type, ...]) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < 2**62:  # NaN compares false
+            refuse(key, value, f"it must be a non-negative {'integer' if kind == (int,) else 'number'}")
+        return value
+
+    def agreed(keys: tuple[str, ...]) -> tuple[str, Any]:
+        given = {key: config[key] for key in keys if config.get(key) is not None}
+        if not given:
+            raise UserError(f"{file}: {keys[0]} is missing; take the config.json that belongs to these weights")
+        key, value = next(iter(given.items()))
+        if any(other != value for other in given.values()):
+            raise UserError(f"{file}: {json.dumps(given)} disagree; keep the one that the model was trained with")
+        return key, value
+
+    for key, only, default, mend in FIXED:
+        if (value := config.get(key, default)) != only:
+            refuse(key, value, mend)
+    for section in ("rope_parameters", "rope_scaling"):
+        settings = config.get(section) or {}
+        if not isinstance(settings, dict):
+            refuse(section, settings, "it must be an object")
+        for key, value in settings.items():
+            plain = key in ("rope_theta", "partial_rotary_factor") or (
+                key in ("rope_type", "type") and value == "default"
+            )
+            if not plain:
+                refuse(f"{section}.{key}", value, "only the default rotary embedding is supported, without scaling")
+            config[f"{section}.{key}"] = value
+    for key in ("hidden_dropout", "attention_dropout", "hidden_dropout_prob", "attention_dropout_prob"):
+        if config.get(key):
+            log.warning("%s: %s is %s; training runs without dropout", file, key, config[key])
+    _, activation = agreed(("hidden_act",))
+    if not isinstance(activation, str) or activation not in GELU:
+        refuse("hidden_act", activation, f"known are {', '.join(GELU)}")
+    # Files from before the key existed mean the parallel form.
+    if not isinstance(parallel := config.get("use_parallel_residual", True), bool):
+        refuse("use_parallel_residual", parallel, "it must be true or false")
+    values: dict[str, Any] = {ours: number(*agreed((theirs,)), (int,)) for ours, theirs in SIZES.items()}
+    values |= {ours: float(number(*agreed(spellings), (int, float))) for ours, spellings in REALS.items()}
+    try:
+        return Architecture(**values, gelu=GELU[activation], parallel_residual=parallel)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, its errors turned into UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); copy or download it again (a Git LFS pointer is not it)"
+        ) from None
+
+
+def headers(directory: Path) -> dict[str, Stored]:
+    """{name: tensor} of a checkpoint's files, from their headers alone; checks the index against them."""
+    weight_map = None
+    names = [SINGLE]
+    if not (directory / SINGLE).exists():
+        if not (directory / INDEX).exists():
+            found = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+            way_out = (
+                f"it has {found[0]}, a pickle, which can run code and is never opened; convert it where you trust it: "
+                "transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
+                if found
+                else "give the folder of a Hugging Face checkpoint"
+            )
+            raise UserError(f"{directory}: neither {SINGLE} nor {INDEX}; {way_out}")
+        index = member(directory, INDEX)
+        weight_map = read_json(index, "the index of a checkpoint").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: weight_map is {json.dumps(weight_map)}; download the index again")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+                raise UserError(f"{index}: {name} is in {json.dumps(file)}; it must be a plain file name of the folder")
+        names = sorted(set(weight_map.values()))
+    tensors: dict[str, Stored] = {}
+    for path in (member(directory, name) for name in names):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                part = file.get_slice(name)
+                if weight_map is not None and weight_map.get(name) != path.name:
+                    raise UserError(
+                        f"{path}: has {name}, which the index puts in {weight_map.get(name)}; download both again"
+                    )
+                tensors[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
+    for name, file in (weight_map or {}).items():
+        if name not in tensors:
+            raise UserError(f"{directory / file}: {name} is missing; download the file again")
+    return {name: stored for name, stored in tensors.items() if not BUFFERS.fullmatch(name)}
+
+
+def file_name(parameter: str) -> str:
+    """The name of one of our parameters in a Hugging Face checkpoint."""
+    return parameter if parameter == "embed_out.weight" else f"gpt_neox.{parameter}"
+
+
+@torch.no_grad()
+def load_weights_(model: GPTNeoX, directory: Path) -> None:
+    """Overwrites every parameter of the model, on whatever device, with the tensor of its name, upcast exactly.
+
+    Takes memory for one tensor at a time. Raises UserError that names the file and the tensor when one is missing,
+    unexpected, of another shape, of a dtype other than fp32, fp16 or bf16, or not finite; for all but the last of
+    these before the model is changed.
+    """
+    parameters = {file_name(name): parameter for name, parameter in model.named_parameters()}
+    tensors = headers(directory)
+    if missing := sorted(parameters.keys() - tensors.keys()):
+        raise UserError(
+            f"{directory}: {missing[0]} is missing, {len(missing)} in all; take the weights that belong to its config.json"
+        )
+    for name, (path, dtype, shape) in sorted(tensors.items()):
+        if name not in parameters:
+            raise UserError(f"{path}: {name} is unexpected; GPT-NeoX as config.json describes it has no such tensor")
+        if shape != parameters[name].shape:
+            raise UserError(
+                f"{path}: {name} has the shape {list(shape)}, config.json says {list(parameters[name].shape)}; "
+                "take the weights that belong to it"
+            )
+        if dtype not in ("F32", "F16", "BF16"):
+            raise UserError(f"{path}: {name} has the dtype {dtype}; save the weights as float32, float16 or bfloat16")
+    for path in sorted({stored.file for stored in tensors.values()}):
+        with opened(path) as file:
+            for name in (name for name, stored in tensors.items() if stored.file == path):
+                tensor = file.get_tensor(name)
+                if bad := int((~tensor.isfinite()).sum()):
+                    raise UserError(f"{path}: {name} has {bad:,} values that are NaN or infinite; download it again")
+                parameters[name].copy_(tensor)
+
+
+def load_pretrained(path: str | Path, gelu: Literal["erf", "tanh"] | None = None) -> GPTNeoX:
+    """A model on the CPU, fp32, from a folder or `hub-id[@revision]`. `gelu` overrides the file's form (D9)."""
+    directory = resolve(str(path))
+    arch = read_architecture(directory)
+    with torch.device("meta"):
+        model = GPTNeoX(replace(arch, gelu=gelu or arch.gelu))
+    model.to_empty(device="cpu")
+    load_weights_(model, directory)
+    return model
+
+
+def end_of_document(tokenizer: Path, eod: str, vocab_size: int) -> int:
+    """The id of the token `eod` in a `tokenizer.json`. Raises UserError when it has none, or ids beyond vocab_size."""
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_str(tokenizer.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception for content that it cannot read
+        raise UserError(f"{tokenizer}: not a tokenizer.json ({error}); give the one that made the shards") from error
+    largest = max(loaded.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise UserError(f"{tokenizer}: has the id {largest}, the model {vocab_size} rows; give the model's tokenizer")
+    if (token := loaded.token_to_id(eod)) is None:
+        raise UserError(f"{tokenizer}: has no token {eod!r}; name its end-of-document token")
+    return token
+
+
+def config_json(arch: Architecture, eod_id: int | None) -> dict[str, Any]:
+    """`config.json` in the spellings of transformers 4 (from 4.30 on) and 5 at once."""
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        **{theirs: getattr(arch, ours) for ours, theirs in SIZES.items()},
+        "hidden_act": "gelu" if arch.gelu == "erf" else "gelu_pytorch_tanh",
+        "layer_norm_eps": arch.norm_eps,
+        "use_parallel_residual": arch.parallel_residual,
+        "rotary_pct": arch.rotary_fraction,
+        "rotary_emb_base": arch.rotary_base,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": arch.rotary_base,
+            "partial_rotary_factor": arch.rotary_fraction,
+        },
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": eod_id,
+        "eos_token_id": eod_id,
+        "torch_dtype": "float32",
+        "dtype": "float32",
+    }
+
+
+def save_pretrained(
+    model: GPTNeoX,
+    path: str | Path,
+    tokenizer: Path | None = None,
+    eod: str = "<|endoftext|>",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes `config.json`, fp32 safetensors and, if given, the tokenizer, for `transformers` and `load_pretrained`.
+
+    The folder appears whole or not at all. tokenizer: a `tokenizer.json`, copied byte for byte; eod: its
+    end-of-document token. Raises UserError when `path` exists and is not an empty folder.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    path = Path(path).resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists; name a new folder, or remove it")
+    eod_id = None if tokenizer is None else end_of_document(tokenizer, eod, model.arch.vocab_size)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        state = {file_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+        save_torch_state_dict(state, temporary, max_shard_size=max_shard_bytes)
+        write_json(temporary / "config.json", config_json(model.arch, eod_id))
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+            settings = {
+                "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
+                "model_max_length": model.arch.max_positions,
+                "clean_up_tokenization_spaces": False,
+                **dict.fromkeys(("bos_token", "eos_token", "unk_token"), eod),
+            }
+            write_json(temporary / "tokenizer_config.json", settings)
+        for file in temporary.iterdir():
+            file.chmod((temporary / "config.json").stat().st_mode)  # safetensors makes files for their owner alone
+            sync_file(file)
+        sync_directory(temporary)
+        temporary.rename(path)
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
