@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -86,28 +86,35 @@ def load_tokenizer(argument: str) -> bytes:
         ) from None
 
 
-def _load_reference(tokenizer_json: bytes | str, source: str) -> tokenizers.Tokenizer:
+def _load_reference(content: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(
-            tokenizer_json if isinstance(tokenizer_json, str) else tokenizer_json.decode()
-        )
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
-        raise UserError(f"{source}: not a tokenizer.json that `tokenizers` can load: {error}") from None
+        raise UserError(f"tokenizer.json: the `tokenizers` library cannot load it: {error}; give another") from None
+
+
+def _ids(content: dict[str, Any]) -> dict[str, int]:
+    """The id of each token, added tokens included."""
+    vocab = content["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram: [token, score]
+        vocab = {token: index for index, (token, _) in enumerate(vocab)}
+    return {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
 
 
 def read_vocabulary(tokenizer_json: bytes, eod: str | None, source: str) -> Vocabulary:
     """Raises UserError when it is no tokenizer.json, or has no token `eod` (or, if None, none of EOD_NAMES)."""
-    ids = _load_reference(tokenizer_json, source).get_vocab(with_added_tokens=True)
-    content = json.loads(tokenizer_json)
-    special = {token["content"]: token["id"] for token in content.get("added_tokens") or () if token["special"]}
+    try:
+        content = json.loads(tokenizer_json)
+        ids = _ids(content)
+        special = {token["content"]: token["id"] for token in content.get("added_tokens") or () if token["special"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: not a tokenizer.json: {type(error).__name__} {error}; give another file") from None
     name = eod if eod is not None else next((name for name in EOD_NAMES if name in ids), None)
     if name is None or name not in ids:
         missing = "no end-of-document token that is known" if name is None else f"no token {name!r}"
         raise UserError(f"{source}: {missing}; name one with --eod; its special tokens: {', '.join(special) or 'none'}")
-    if content["model"].get("dropout"):
-        raise UserError(
-            f"{source}: its model has dropout {content['model']['dropout']}, so that ids differ by chance; set it to null"
-        )
+    if dropout := content["model"].get("dropout"):
+        raise UserError(f"{source}: its model has dropout {dropout}, so that ids differ by chance; set it to null")
     return Vocabulary(
         fingerprint=tokenizer_fingerprint(tokenizer_json),
         size=max(ids.values()) + 1,
@@ -160,7 +167,7 @@ def token_bytes(tokenizer_json: bytes, vocabulary: Vocabulary) -> np.ndarray:
         return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
 
     added = {token["content"] for token in content.get("added_tokens") or ()}
-    for token, index in _load_reference(tokenizer_json, "tokenizer.json").get_vocab(with_added_tokens=True).items():
+    for token, index in _ids(content).items():
         sizes[index] = len(token.encode()) if token in added else size(token)
     for low, high in vocabulary.reserved:
         sizes[low:high] = 0
@@ -177,8 +184,7 @@ class Reference:
     """The `tokenizers` library, text that spells a special token kept as text."""
 
     def __init__(self, tokenizer_json: bytes, vocabulary: Vocabulary) -> None:
-        content = _without_extras(tokenizer_json, vocabulary.eod_token)
-        self._tokenizer = _load_reference(json.dumps(content), "tokenizer.json")
+        self._tokenizer = _load_reference(_without_extras(tokenizer_json, vocabulary.eod_token))
         self._tokenizer.encode_special_tokens = True
 
     def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -212,12 +218,25 @@ class Gigatoken:
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
 
-def make_encoder(tokenizer_json: bytes, vocabulary: Vocabulary, backend: Backend) -> Encoder:
-    """Raises UserError when the tokenizer is beyond the backend."""
-    return (Gigatoken if backend == "gigatoken" else Reference)(tokenizer_json, vocabulary)
+class Tools(NamedTuple):
+    """reference: what `encoder` is checked against; None when it is the reference itself."""
+
+    encoder: Encoder
+    reference: Encoder | None
+    uncovered: Callable[[bytes], int | None]
 
 
-def uncovered_byte(tokenizer_json: bytes) -> Callable[[bytes], int | None]:
+@functools.lru_cache(1)
+def make_tools(tokenizer_json: bytes, vocabulary: Vocabulary, backend: Backend) -> Tools:
+    """Built once per process and kept. Raises UserError when the tokenizer is beyond the backend."""
+    uncovered = _uncovered_byte(tokenizer_json)
+    reference = Reference(tokenizer_json, vocabulary)
+    if backend == "tokenizers":
+        return Tools(reference, None, uncovered)
+    return Tools(Gigatoken(tokenizer_json, vocabulary), reference, uncovered)
+
+
+def _uncovered_byte(tokenizer_json: bytes) -> Callable[[bytes], int | None]:
     """A function from a UTF-8 text to a byte in it that a byte-level vocabulary lacks, or None.
 
     Such a byte would be dropped, or become id 0, in silence. Vocabularies trained from the whole alphabet lack none.
@@ -227,7 +246,7 @@ def uncovered_byte(tokenizer_json: bytes) -> Callable[[bytes], int | None]:
     lacking = [byte for char, byte in _byte_of_char().items() if byte in UTF8_BYTES and char not in vocab]
     if not _is_byte_level(content) or not lacking:
         return lambda text: None
-    normalizer = _load_reference(tokenizer_json, "tokenizer.json").normalizer
+    normalizer = _load_reference(content).normalizer
     found = re.compile(b"[" + b"".join(b"\\x%02x" % byte for byte in lacking) + b"]")
 
     def search(text: bytes) -> int | None:

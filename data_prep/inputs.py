@@ -18,6 +18,7 @@ from fastcpt import UserError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 # About a third of a second of tokenizing: small enough to share out evenly, large enough for its files to cost nothing.
 TASK_BYTES = 32 << 20
+CHECK_DOCUMENTS = 32
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Task:
-    """Pieces that are tokenized together. `weight` is their size in bytes, for the progress bar."""
+    """Pieces that are tokenized together. weight: their size in bytes, for the progress bar. check_first: how many of
+    its first documents are tokenized by the reference too."""
 
     index: int
     pieces: tuple[Piece, ...]
     weight: int
+    check_first: int
 
 
 def suffix_of(path: str) -> str | None:
@@ -130,14 +133,15 @@ def _pieces(inputs: list[Input]) -> Iterator[tuple[Piece, int]]:
 
 def make_tasks(inputs: list[Input]) -> list[Task]:
     """Packs pieces, in order, into tasks of about TASK_BYTES: a large file is several tasks, a task many small files."""
-    tasks: list[Task] = []
-    pieces: list[Piece] = []
-    weight = 0
+    packs: list[list[Piece]] = [[]]
+    weights = [0]
     for piece, size in _pieces(inputs):
-        if pieces and weight + size > TASK_BYTES:
-            tasks.append(Task(len(tasks), tuple(pieces), weight))
-            pieces, weight = [], 0
-        pieces.append(piece)
-        weight += size
-    tasks.append(Task(len(tasks), tuple(pieces), weight))
-    return tasks
+        if packs[-1] and weights[-1] + size > TASK_BYTES:
+            packs.append([])
+            weights.append(0)
+        packs[-1].append(piece)
+        weights[-1] += size
+    check_first = -(-CHECK_DOCUMENTS // len(packs))
+    return [
+        Task(index, tuple(pieces), weight, check_first) for index, (pieces, weight) in enumerate(zip(packs, weights))
+    ]

@@ -62,7 +62,7 @@ def prep(
         merge.refuse_existing(output, ["", "val"] if val_fraction else [""])
     tokenizer_json = encoding.load_tokenizer(tokenizer)
     vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
-    encoding.make_encoder(tokenizer_json, vocabulary, backend)  # refused here rather than in a worker
+    encoding.make_tools(tokenizer_json, vocabulary, backend)  # refused here rather than in a worker
     sources = find_inputs(inputs)
     tasks = make_tasks(sources)
     job = Job(work, vocabulary, text_key, group_key, val_fraction, on_error, backend)

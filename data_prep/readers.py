@@ -308,7 +308,7 @@ class PieceReader:
 
     def _parquet(self) -> Iterator[Document | Reject]:
         try:
-            table = pq.ParquetFile(self.piece.source.path)
+            table = pq.ParquetFile(self.piece.source.path, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             self.lines = 1
             yield Reject("damaged file", _first_line(error), 0, 0)

@@ -4,16 +4,15 @@
 if need be. Its record `tasks/000000.json` is written last, so that a task without one has not been done.
 """
 
-import functools
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
-from fastcpt.data_prep.encoding import Backend, Encoder, Reference, Vocabulary, make_encoder, uncovered_byte
+from fastcpt.data_prep.encoding import Backend, Encoder, Tools, Vocabulary, make_tools
 from fastcpt.data_prep.inputs import Piece, Task
 from fastcpt.data_prep.readers import Document, PieceReader, Reject, lines_before
 
@@ -23,11 +22,9 @@ from fastcpt.integrity import block_hash, read_json, sync_file, write_json
 BATCH_BYTES = 4 << 20
 EXAMPLES = 10  # places that the ledger keeps for each reason and input; all are counted
 MAX_SETS = 1000
-# Every run compares gigatoken with the reference: documents up to CHECK_BYTES, the first CHECK_FIRST of the first tasks
-# and one of every other task, and those whose hash falls in CHECK_SHARE: about 0.05% of a large corpus.
+# Every run compares gigatoken with the reference, on documents up to CHECK_BYTES: the first of each task, and those whose
+# hash falls in CHECK_SHARE.
 CHECK_BYTES = 64 << 10
-CHECK_FIRST = 32
-CHECK_TASKS = 8
 CHECK_SHARE = 0.0004
 
 
@@ -60,19 +57,8 @@ class Job:
         return "-".join(filter(None, (document.group, "val" if validation else "")))
 
 
-class Tools(NamedTuple):
-    encoder: Encoder
-    reference: Encoder | None
-    uncovered: Any
-
-
-@functools.lru_cache(1)
 def _tools(job: Job) -> Tools:
-    """Built once per process and kept."""
-    tokenizer_json = (job.work / "tokenizer.json").read_bytes()
-    encoder = make_encoder(tokenizer_json, job.vocabulary, job.backend)
-    reference = Reference(tokenizer_json, job.vocabulary) if job.backend == "gigatoken" else None
-    return Tools(encoder, reference, uncovered_byte(tokenizer_json))
+    return make_tools((job.work / "tokenizer.json").read_bytes(), job.vocabulary, job.backend)
 
 
 @dataclass
@@ -125,9 +111,8 @@ class Entry(NamedTuple):
     set: str
 
 
-def _documents(task: Task, job: Job, tallies: list[Tally]) -> Iterator[Entry]:
+def _documents(task: Task, job: Job, uncovered: Callable[[bytes], int | None], tallies: list[Tally]) -> Iterator[Entry]:
     """The good documents of a task; rejected ones are tallied, or stop the run."""
-    uncovered = _tools(job).uncovered
     reserved = job.val_fraction > 0
     for piece in task.pieces:
         tally = Tally(piece)
@@ -164,7 +149,7 @@ def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 
 def _check(batch: list[Entry], ids: np.ndarray, ends: np.ndarray, reference: Encoder, first: int) -> int:
     """Compares the sample of a batch with the reference, the first `first` documents included. Returns how many."""
-    sample = []
+    sample: list[int] = []
     for index, entry in enumerate(batch):
         data = entry.document.data
         if len(data) <= CHECK_BYTES and (len(sample) < first or zlib.crc32(data) < CHECK_SHARE * 2**32):
@@ -249,17 +234,17 @@ def run_task(task: Task, job: Job) -> dict[str, Any]:
     Raises UserError at a document that cannot be used when `job.on_error` is "fail", and when gigatoken and its
     reference differ.
     """
-    encoder, reference, _ = _tools(job)
+    encoder, reference, uncovered = _tools(job)
     parts = _Parts(job, task.index)
     tallies: list[Tally] = []
-    checked, first = 0, CHECK_FIRST if task.index < CHECK_TASKS else 1
-    for batch in _batches(_documents(task, job, tallies)):
+    checked = 0
+    for batch in _batches(_documents(task, job, uncovered, tallies)):
         ids, counts = encoder.encode([entry.document.data for entry in batch])
         assert len(counts) == len(batch)
         ends = np.cumsum(counts)
         _check_range(batch, ids, ends, job.vocabulary)
         if reference is not None:
-            checked += _check(batch, ids, ends, reference, first - checked)
+            checked += _check(batch, ids, ends, reference, task.check_first - checked)
         _write_batch(batch, _with_eod(ids, ends, job.vocabulary), counts + 1, parts)
     parts.sync()
     record = {
