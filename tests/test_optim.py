@@ -1,0 +1,195 @@
+"""AdamW with folded clipping against torch's own optimizer and clipping, and the skip of non-finite gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastcpt.config import Optim
+from fastcpt.optim import AdamW
+
+CONFIG = Optim(lr=1e-2, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, clip=1.0)
+STEPS = 30
+UNIT = 2.0**-24
+SHAPES = [(13, 7), (7,), (5, 3, 2), (1,), (257, 3), (33,)]
+
+
+def make_parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def make_gradients(seed: int) -> list[Tensor]:
+    """Norms from far below to far above the clipping limit."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    scale = 10.0 ** (seed % 5 - 3)
+    return [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def give(parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient.to(parameter.dtype, copy=True)
+
+
+def theirs(parameters: list[nn.Parameter], config: Optim) -> torch.optim.AdamW:
+    """torch's plain loop, not the fused kernel that ours is built on."""
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2]},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(
+        groups, lr=1.0, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay, foreach=False
+    )
+
+
+def rate(step: int) -> float:
+    return 1e-2 * (1 + step % 7) / 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("decay", [0.0, 0.1, 1.0])
+def test_thirty_steps_equal_torch_adamw_and_clipping(dtype: torch.dtype, decay: float) -> None:
+    """Against torch in the same fp32, and against the truth in float64 from the same fp32 gradients.
+
+    A step does some twenty roundings of terms no larger than the parameter or the rate, so in T steps the two drift
+    apart by at most 20 T u (|p| + lr); the moments are sums of rounded products and are off by 20 T u relative to the
+    largest gradient that they saw, and its square.
+    """
+    config = Optim(lr=1e-2, betas=[0.9, 0.95], eps=1e-8, weight_decay=decay, clip=1.0)
+    ours, reference = make_parameters(), make_parameters(dtype=dtype)
+    optimizer, other = AdamW(ours, config), theirs(reference, config)
+    largest = 0.0
+    clipped = 0
+    for step in range(STEPS):
+        gradients = make_gradients(step)
+        give(ours, gradients)
+        give(reference, gradients)
+        norm, skipped = optimizer.clipped_step(rate(step))
+        exact_norm = torch.cat([gradient.double().flatten() for gradient in gradients]).norm().item()
+        if exact_norm > config.clip:
+            # torch divides by the norm + 1e-6; a limit that much larger makes it divide by the norm.
+            nn.utils.clip_grad_norm_(reference, config.clip * (exact_norm + 1e-6) / exact_norm)
+            clipped += 1
+        largest = max(largest, max(parameter.grad.abs().max().item() for parameter in reference))
+        for group in other.param_groups:
+            group["lr"] = rate(step)
+        other.step()
+        assert skipped.item() == 0.0
+        assert norm.item() == pytest.approx(exact_norm, rel=sum(g.numel() for g in gradients) * UNIT)
+    assert 0 < clipped < STEPS
+    bound = 20 * STEPS * UNIT
+    for mine, their in zip(ours, reference):
+        assert ((mine - their).abs() <= bound * (their.abs() + 1e-2)).all()
+        state, expected = optimizer.state[mine], other.state[their]
+        assert (state["exp_avg"] - expected["exp_avg"]).abs().max() <= bound * largest
+        assert (state["exp_avg_sq"] - expected["exp_avg_sq"]).abs().max() <= bound * largest**2
+        assert state["step"].item() == expected["step"].item() == STEPS
+    assert optimizer.updates == STEPS
+
+
+def test_one_step_equals_the_formula_of_the_paper() -> None:
+    """Decoupled decay: p - lr (m / sqrt(v) + decay p), the decay in neither moment, of matrices alone."""
+    parameters, gradients = make_parameters(), make_gradients(3)
+    start = [parameter.detach().double() for parameter in parameters]
+    norm = torch.cat([gradient.double().flatten() for gradient in gradients]).norm()
+    assert norm > 20
+    give(parameters, gradients)
+    optimizer = AdamW(parameters, CONFIG)
+    optimizer.clipped_step(0.01)
+    for parameter, before, gradient in zip(parameters, start, gradients):
+        clipped = gradient.double() / norm
+        # After bias correction the moments of a first step are the gradient and its square.
+        decay = 0.1 * before if before.ndim >= 2 else 0.0
+        expected = before - 0.01 * (clipped / (clipped.abs() + 1e-8) + decay)
+        assert ((parameter - expected).abs() <= 20 * UNIT * (before.abs() + 0.01)).all()
+        state = optimizer.state[parameter]
+        # The norm of a thousand values carries the most of it.
+        relative = 1000 * UNIT
+        torch.testing.assert_close(state["exp_avg"].double(), 0.1 * clipped, rtol=relative, atol=0.0)
+        torch.testing.assert_close(state["exp_avg_sq"].double(), 0.05 * clipped**2, rtol=2 * relative, atol=0.0)
+
+
+@pytest.mark.parametrize(("size", "factor"), [(0.25, 1.0), (1.0, 1.0), (3.0, 2.0), (150.0, 100.0)])
+def test_clipping_divides_by_exactly_what_is_too_much(size: float, factor: float) -> None:
+    """With the first decay at 0 the first moment is the clipped gradient itself; all numbers here are exact in fp32."""
+    parameter = nn.Parameter(torch.zeros(4, 2))
+    optimizer = AdamW([parameter], Optim(lr=1.0, betas=[0.0, 0.95], clip=1.5))
+    parameter.grad = torch.zeros(4, 2)
+    parameter.grad[1, 0], parameter.grad[3, 1] = 0.6 * size, -0.8 * size
+    given = parameter.grad.clone()
+    norm, _ = optimizer.clipped_step(1e-3)
+    assert norm.item() == pytest.approx(size, rel=3e-7)
+    torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], given / factor, rtol=3e-7, atol=0.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", range(len(SHAPES)))
+def test_a_step_that_is_not_finite_leaves_no_trace(bad: float, where: int) -> None:
+    untouched, disturbed = make_parameters(), make_parameters()
+    clean, optimizer = AdamW(untouched, CONFIG), AdamW(disturbed, CONFIG)
+    for step in range(6):
+        gradients = make_gradients(step)
+        give(untouched, gradients)
+        clean.clipped_step(rate(step))
+        if step in (0, 3, 4):
+            spoilt = make_gradients(50 + step)
+            spoilt[where].view(-1)[-1] = bad
+            give(disturbed, spoilt)
+            before = copy.deepcopy([(p.detach(), optimizer.state[p]) for p in disturbed])
+            norm, skipped = optimizer.clipped_step(1e3)
+            assert skipped.item() == 1.0 and not torch.isfinite(norm)
+            assert optimizer.updates == step
+            for parameter, (value, state) in zip(disturbed, before):
+                assert torch.equal(parameter, value)
+                assert all(torch.equal(optimizer.state[parameter][key], state[key]) for key in state)
+                assert parameter.grad is None, "gradients are freed after a skipped step too"
+        give(disturbed, gradients)
+        _, skipped = optimizer.clipped_step(rate(step))
+        assert skipped.item() == 0.0
+    for mine, expected in zip(disturbed, untouched):
+        assert torch.equal(mine, expected)
+        assert all(torch.equal(optimizer.state[mine][key], value) for key, value in clean.state[expected].items())
+
+
+def test_finite_gradients_whose_norm_overflows_are_skipped() -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamW([parameter], CONFIG)
+    parameter.grad = torch.full((2, 2), 3e38)
+    _, skipped = optimizer.clipped_step(0.1)
+    assert skipped.item() == 1.0 and torch.equal(parameter, torch.ones(2, 2))
+
+
+def test_moments_and_their_count_can_be_put_back() -> None:
+    """What a checkpoint restores, parameters, moments and the count, is all there is: both go on to the same bits."""
+    first, second = make_parameters(), make_parameters(seed=9)
+    running, fresh = AdamW(first, CONFIG), AdamW(second, CONFIG)
+    for step in range(5):
+        give(first, make_gradients(step))
+        running.clipped_step(rate(step))
+    for mine, other in zip(second, first):
+        mine.data.copy_(other.data)
+        for key in ("exp_avg", "exp_avg_sq"):
+            fresh.state[mine][key].copy_(running.state[other][key])
+    assert fresh.updates == 0
+    fresh.set_updates(running.updates)
+    assert fresh.updates == 5
+    for step in range(5, 8):
+        for parameters, optimizer in ((first, running), (second, fresh)):
+            give(parameters, make_gradients(step))
+            optimizer.clipped_step(rate(step))
+    assert all(torch.equal(mine, other) for mine, other in zip(second, first))
+
+
+def test_rate_may_change_at_every_step_and_no_gradient_is_no_update() -> None:
+    parameters = make_parameters()
+    optimizer = AdamW(parameters, CONFIG)
+    before = [parameter.detach().clone() for parameter in parameters]
+    give(parameters[1:], make_gradients(0)[1:])
+    optimizer.clipped_step(0.0)
+    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before)), "a rate of 0"
+    give(parameters[1:], make_gradients(1)[1:])
+    optimizer.clipped_step(0.1)
+    assert torch.equal(parameters[0], before[0]), "without a gradient a parameter does not even decay"
+    assert all(not torch.equal(parameter, value) for parameter, value in zip(parameters[1:], before[1:]))
