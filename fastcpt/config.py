@@ -6,9 +6,11 @@ documentation: `fields()` turns it into the table of the README and the help of 
 
 import ast
 import inspect
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
@@ -22,14 +24,16 @@ class Count(int):
 
     @classmethod
     def parse(cls, text: Any) -> "Count":
-        match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+]?[0-9]+)?)([KMBT]?)", str(text).strip(), re.IGNORECASE)
+        # Two digits of exponent: a billion of them would be a number that fills the memory.
+        pattern = r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+]?[0-9]{1,2})?)([KMBT]?)"
+        match = re.fullmatch(pattern, str(text).strip(), re.IGNORECASE)
         if match is None:
             raise ValueError(f"{text!r} is not a number of tokens; write it as 250B, 2.5e11 or 2_260_992")
-        number, unit = match[1].replace("_", ""), match[2].upper()
-        value = int(number) * cls.UNITS[unit] if number.isdigit() else float(number) * cls.UNITS[unit]
-        if value != int(value):
+        # Exact: as floats, 1.005 * 10**6 is not whole.
+        value = Fraction(match[1].replace("_", "")) * cls.UNITS[match[2].upper()]
+        if value.denominator != 1:
             raise ValueError(f"{text!r} is not a whole number of tokens")
-        return cls(value)
+        return cls(value.numerator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +226,8 @@ def check(config: Config) -> None:
         require(len(set(names)) == len(names), f"{what}: the names {names} are not all different")
     for source in data.train:
         require(
-            source.weight > 0, f"data.train {source.name}: weight {source.weight} is not above 0; remove the source"
+            0 < source.weight < math.inf,
+            f"data.train {source.name}: weight {source.weight} is not a number above 0; to leave it out, remove the source",
         )
     require(
         len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
@@ -230,14 +235,17 @@ def check(config: Config) -> None:
     )
     require(optim.clip > 0, f"optim.clip {optim.clip} must be above 0; a large number clips nothing")
     require(optim.eps > 0, f"optim.eps {optim.eps} must be above 0")
-    require(schedule.warmup >= 0, f"schedule.warmup {schedule.warmup} is negative")
+    require(0 <= optim.weight_decay < math.inf, f"optim.weight_decay {optim.weight_decay} is not a number from 0 on")
+    require(0 <= schedule.warmup < math.inf, f"schedule.warmup {schedule.warmup} is not a number from 0 on")
     require(0 <= schedule.min_lr_ratio <= 1, f"schedule.min_lr_ratio {schedule.min_lr_ratio} is not from 0 to 1")
     if config.init.branch:
         require(config.init.from_ != "scratch", "init.branch needs init.from: the checkpoint to go on from")
         require(optim.lr is None, f"optim.lr {optim.lr}: a branch starts at its checkpoint's rate; remove optim.lr")
         require(schedule.warmup == 0, f"schedule.warmup {schedule.warmup}: a branch has no warm-up; set it to 0")
     else:
-        require(optim.lr is not None and optim.lr > 0, f"optim.lr is {optim.lr}; give the peak learning rate")
+        require(
+            optim.lr is not None and 0 < optim.lr < math.inf, f"optim.lr is {optim.lr}; give the peak learning rate"
+        )
 
 
 SECTIONS = ("model", "init", "data", "train", "optim", "schedule", "run")
@@ -297,6 +305,9 @@ def parse(arguments: Sequence[str]) -> Config:
     for section in SECTIONS:
         parser.add_class_arguments(hints[section], section, fail_untyped=True)
     arguments = [re.sub(r"^--init\.from(?=$|=)", "--init.from_", argument) for argument in arguments]
+    arguments = [
+        part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])
+    ]
     files = [arguments[index + 1] for index, argument in enumerate(arguments[:-1]) if argument == "--config"]
     for file in files:
         if not Path(file).is_file():
@@ -307,6 +318,13 @@ def parse(arguments: Sequence[str]) -> Config:
             raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise UserError(f"{file}: not a mapping of sections ({', '.join(SECTIONS)})")
+        for section, value in content.items():
+            if section not in SECTIONS:
+                raise UserError(f"{file}: there is no section {section!r}; there are {', '.join(SECTIONS)}")
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{file}: the section {section} is {value!r}, not a mapping; give its fields or remove it"
+                )
     try:
         values = parser.instantiate_classes(parser.parse_args(arguments))
     except jsonargparse.ArgumentError as error:
