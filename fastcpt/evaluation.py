@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastcpt import UserError
+from fastcpt import UserError, lineage, parallel
 from fastcpt.data import evaluation_windows
 from fastcpt.model import GPTNeoX, document_ids
 from fastcpt.parallel import World
@@ -64,6 +64,28 @@ def evaluate(
         "bits_per_byte": nats / math.log(2) / size,
         "tokens": int(tokens),
         "role": named.role,
+    }
+
+
+def evaluate_checkpoint(
+    source: str, sets: dict[str, str], seq_len: int, tokens: int | None, micro_batch: int
+) -> dict[str, dict[str, Any]]:
+    """What `fastcpt eval` prints: `evaluate` of a checkpoint, a run or a Hugging Face model on {name: shard set}."""
+    opened = {name: ShardSet(path) for name, path in sets.items()}
+    world = parallel.start("single")
+    model, _, _ = lineage.load_model(source, world.device)
+    check_ids(list(opened.values()), model.arch.vocab_size)
+    model.compute_dtype = torch.bfloat16 if parallel.has_bf16(world.device) else torch.float32
+    return {
+        name: evaluate(
+            model,
+            NamedSet.open(name, "other", shards, seq_len, tokens or len(shards)),
+            seq_len,
+            micro_batch,
+            False,
+            world,
+        )
+        for name, shards in opened.items()
     }
 
 

@@ -9,14 +9,16 @@ resume     the same run goes on: all of the above and the schedule's place, as i
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from fastcpt import UserError, checkpoint, hf
 from fastcpt.config import Config, to_dict
 from fastcpt.data import Phase, PhaseSource, parts_per_million
-from fastcpt.model import Architecture, resolve_architecture
+from fastcpt.model import Architecture, GPTNeoX, resolve_architecture
 from fastcpt.parallel import World
 from fastcpt.schedules import Plan, warmup_steps
 from fastcpt.shards import ShardSet, tokenizer_fingerprint
@@ -50,19 +52,47 @@ def find_origin(config: Config, world: World) -> Origin:
     if source == "scratch":
         if config.init.optimizer == "keep":
             raise UserError("init.optimizer is keep, but a run from scratch has no moments to keep; remove it")
-        return Origin("scratch", resolve_architecture(config.model, None, "scratch"))
+        arch = replace(resolve_architecture(config.model, None, "scratch"), max_positions=config.data.seq_len)
+        return Origin("scratch", arch)
     found = world.on_first(lambda: checkpoint.find(source))
     if found is not None:
         state = checkpoint.read_state(found)
         arch = resolve_architecture(config.model, Architecture(**state["architecture"]), str(found))
-        return Origin("branch" if config.init.branch else "continue", arch, found, state)
+        return Origin("branch" if config.init.branch else "continue", _reaching(arch, config), found, state)
     folder = world.on_first(lambda: hf.resolve(source))
     for setting in ("branch", "optimizer: keep"):
         if config.init.branch if setting == "branch" else config.init.optimizer == "keep":
             raise UserError(
                 f"init.{setting} needs Adam's moments, and {source} has weights alone; start from a checkpoint"
             )
-    return Origin("pretrained", resolve_architecture(config.model, hf.read_architecture(folder), source), folder)
+    arch = resolve_architecture(config.model, hf.read_architecture(folder), source)
+    return Origin("pretrained", _reaching(arch, config), folder)
+
+
+def _reaching(arch: Architecture, config: Config) -> Architecture:
+    """An export says the longest sequence that the model was trained on."""
+    return replace(arch, max_positions=max(arch.max_positions, config.data.seq_len))
+
+
+def load_model(source: str, device: torch.device | str = "cpu") -> tuple[GPTNeoX, Path | None, str]:
+    """The model of a checkpoint, a run (its newest) or a Hugging Face folder or id, fp32 on the device.
+
+    Returns (model, its tokenizer.json or None, its end-of-document token).
+    """
+    found = checkpoint.find(source)
+    folder = found or hf.resolve(source)
+    state = checkpoint.read_state(found) if found else None
+    arch = Architecture(**state["architecture"]) if state else hf.read_architecture(folder)
+    with torch.device("meta"):
+        model = GPTNeoX(arch)
+    model.to_empty(device=device)
+    if found:
+        parameters = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        checkpoint.load_tensors_(found, parameters, World(0, 1, torch.device(device)))
+    else:
+        hf.load_weights_(model, folder)
+    tokenizer = folder / "tokenizer.json"
+    return model, tokenizer if tokenizer.exists() else None, state["eod_token"] if state else "<|endoftext|>"
 
 
 def fingerprints(entries: Sequence[Any], sets: dict[str, ShardSet]) -> dict[str, str]:

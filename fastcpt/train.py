@@ -236,6 +236,7 @@ def save(state: State) -> Path:
     config, world = state.config, state.world
     # One value for the run: the sum goes to the first process, from here on and after a resume alike.
     world.sum_(state.interval)
+    first_set = next(iter(state.mixture.sets.values()))
     values = {
         "format": checkpoint.FORMAT,
         "step": state.step,
@@ -243,6 +244,7 @@ def save(state: State) -> Path:
         "lr": state.plan.rate(state.step),
         "adam_updates": state.optimizer.updates,
         "architecture": asdict(state.model.arch),
+        "eod_token": first_set.manifest["tokenizer"]["eod_token"],
         "plan": state.plan.to_dict(),
         "data": {
             "samples": state.samples,
@@ -264,7 +266,6 @@ def save(state: State) -> Path:
     }
     if not world.first:
         state.interval.zero_()
-    first_set = next(iter(state.mixture.sets.values()))
     files = {
         "config.yaml": to_yaml(config).encode(),
         "tokenizer.json": (first_set.path / "tokenizer.json").read_bytes(),

@@ -1,0 +1,208 @@
+"""The `fastcpt` command. Each command imports what it needs when it runs, so that --help starts without torch."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fastcpt import UserError, __version__
+from fastcpt.config import Count, fields
+
+
+def _prep(arguments: argparse.Namespace) -> int:
+    from fastcpt.data_prep.pretokenize import prep
+
+    prep(
+        arguments.inputs,
+        tokenizer=arguments.tokenizer,
+        output=arguments.output,
+        workers=arguments.workers,
+        text_key=arguments.text_key,
+        group_key=arguments.group_key,
+        eod=arguments.eod,
+        shard_tokens=arguments.shard_tokens,
+        val_fraction=arguments.val_fraction,
+        on_error=arguments.on_error,
+        backend=arguments.tokenizer_backend,
+    )
+    return 0
+
+
+def _add_prep(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "fastcpt prep INPUT... --tokenizer FILE|HUB_ID --output DIR [options]"
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="file, folder or pattern: jsonl[.gz|.zst] parquet txt"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="T", help="tokenizer.json, its folder, or hub-id[@revision]"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the new shard set; validation goes to DIR-val")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="where a record's text is (default: text)")
+    parser.add_argument("--group-key", metavar="KEY", help="make one set for each value of this key, DIR-VALUE")
+    parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token (default: the tokenizer's own)")
+    parser.add_argument(
+        "--shard-tokens", type=Count.parse, default=Count(10**9), metavar="N", help="tokens a .bin file (default: 1e9)"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.0, metavar="F", help="share of documents for validation"
+    )
+    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="broken documents: stop, or count")
+    parser.add_argument(
+        "--tokenizer-backend", choices=("gigatoken", "tokenizers"), default="gigatoken", help="same ids"
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from fastcpt.data_prep.inspect_shards import inspect
+
+    print(inspect(arguments.set, arguments.decode))
+    return 0
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("set", metavar="DIR", help="a shard set")
+    parser.add_argument("--decode", type=int, default=0, metavar="N", help="print the first N documents as text")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from fastcpt import shards
+
+    path = Path(arguments.path)
+    if (path / shards.MANIFEST).exists() and not (path / "state.json").exists():
+        from fastcpt.data_prep.inspect_shards import verify
+
+        verify(path)
+        print(f"{path}: every byte is as its manifest says")
+        return 0
+    from fastcpt import checkpoint
+
+    found = [path / "checkpoints" / f"step-{step}" for step in checkpoint.steps(path)] or [path]
+    for each in found:
+        checkpoint.verify(each)
+        print(f"{each}: every byte is as its manifest says")
+    return 0
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a shard set, a checkpoint, or a run (all its checkpoints)")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from fastcpt import train
+
+    return train.main(arguments.rest)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from fastcpt import evaluation
+
+    sets = {}
+    for entry in arguments.data:
+        name, equals, path = entry.partition("=")
+        if not equals or not name or not path:
+            raise UserError(f"--data {entry}: write it as NAME=DIR")
+        sets[name] = path
+    results = evaluation.evaluate_checkpoint(
+        arguments.checkpoint, sets, arguments.seq_len, arguments.tokens, arguments.micro_batch
+    )
+    width = max(len("set"), *map(len, results))
+    print(f"{'set':<{width}}  {'loss':>8}  {'bits/byte':>9}  {'tokens':>12}")
+    for name, entry in results.items():
+        print(f"{name:<{width}}  {entry['loss']:>8.4f}  {entry['bits_per_byte']:>9.4f}  {entry['tokens']:>12,}")
+    return 0
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run (its newest), or a Hugging Face model"
+    )
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="shard sets")
+    parser.add_argument("--seq-len", type=int, default=2048, metavar="T", help="tokens a sequence (default: 2048)")
+    parser.add_argument("--tokens", type=Count.parse, metavar="N", help="tokens of each set (default: all)")
+    parser.add_argument("--micro-batch", type=int, default=8, metavar="B", help="sequences at once (default: 8)")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from fastcpt import hf, lineage
+
+    model, tokenizer, eod = lineage.load_model(arguments.checkpoint)
+    hf.save_pretrained(model, arguments.output, tokenizer, eod)
+    print(f"{arguments.output}: a Hugging Face model, fp32; AutoModelForCausalLM.from_pretrained reads it")
+    return 0
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run (its newest)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from fastcpt import demo
+
+    return demo.run(Path(arguments.output), quick=arguments.quick)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="a much shorter run, to see that everything works")
+    parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (default: demo)")
+
+
+COMMANDS: dict[
+    str, tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[argparse.Namespace], int]]
+] = {
+    "prep": ("tokenize text into shards", _add_prep, _prep),
+    "inspect": ("say what a shard set holds", _add_inspect, _inspect),
+    "verify": ("compare every byte with its hash: shards, checkpoints, runs", _add_verify, _verify),
+    "train": ("pre-train or continue pre-training; under torchrun too", None, _train),
+    "eval": ("loss and bits per byte of a model on shard sets", _add_eval, _eval),
+    "export": ("write a checkpoint as a Hugging Face model", _add_export, _export),
+    "demo": ("the whole story on text that comes with Python", _add_demo, _demo),
+}
+
+
+def train_help() -> str:
+    """One screen for all settings, from the dataclasses that define them."""
+    sections: dict[str, list[str]] = {}
+    for name, _ in fields():
+        section, _, rest = name.partition(".")
+        if "[]" not in rest:
+            sections.setdefault(section, []).append(rest)
+    lines = [f"  --{section + '.':<10} {' '.join(names)}" for section, names in sections.items()]
+    return "\n".join((
+        "usage: fastcpt train --config FILE [--section.field VALUE ...]",
+        "       torchrun --nproc_per_node=N -m fastcpt.train --config FILE [--section.field VALUE ...]",
+        "", "Started again with the same run.output, a run goes on from its newest checkpoint.", "",
+        "settings, in the YAML file or as an option:", *lines, "",
+        "README.md describes each; `fastcpt train --config FILE --print_config` prints a file with all of them.",
+    ))  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a mistake of the user's (one line says which), 3 training diverged."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["train"]:  # its options are the configuration's fields, which argparse does not know
+        if not arguments[1:] or {"-h", "--help"} & set(arguments):
+            print(train_help())
+            return 0
+        return _train(argparse.Namespace(rest=arguments[1:]))
+    parser = argparse.ArgumentParser("fastcpt", description="Continual pre-training of GPT-NeoX / Pythia models.")
+    parser.add_argument("--version", action="version", version=f"fastcpt {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (summary, add, function) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        if add is not None:
+            add(command)
+        command.set_defaults(function=function)
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.function(parsed)
+    except UserError as error:
+        print(f"fastcpt: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
