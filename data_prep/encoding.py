@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
+from fastcpt.data_prep.readers import first_line
 
 from fastcpt import UserError
 from fastcpt.shards import dtype_for, tokenizer_fingerprint
@@ -79,9 +80,8 @@ def load_tokenizer(argument: str) -> bytes:
     try:
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", revision=revision or None)).read_bytes()
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{argument}: neither a file here nor a tokenizer.json that can be had from the hub ({reason}); "
+            f"{argument}: neither a file here nor a tokenizer.json that the hub gives ({first_line(error)}); "
             "give the path of a tokenizer.json"
         ) from None
 
@@ -90,7 +90,9 @@ def _load_reference(content: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
-        raise UserError(f"tokenizer.json: the `tokenizers` library cannot load it: {error}; give another") from None
+        raise UserError(
+            f"tokenizer.json: the `tokenizers` library cannot load it: {first_line(error)}; give another"
+        ) from None
 
 
 def _ids(content: dict[str, Any]) -> dict[str, int]:
@@ -210,7 +212,7 @@ class Gigatoken:
         try:
             self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(content))
         except Exception as error:  # noqa: BLE001 (what it raises is not documented)
-            raise UserError(f"tokenizer.json: gigatoken cannot load it ({error}); {instead}") from None
+            raise UserError(f"tokenizer.json: gigatoken cannot load it ({first_line(error)}); {instead}") from None
 
     def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         layout = self._tokenizer.encode_batch(documents, parallel=False).layout
@@ -239,7 +241,8 @@ def make_tools(tokenizer_json: bytes, vocabulary: Vocabulary, backend: Backend) 
 def _uncovered_byte(tokenizer_json: bytes) -> Callable[[bytes], int | None]:
     """A function from a UTF-8 text to a byte in it that a byte-level vocabulary lacks, or None.
 
-    Such a byte would be dropped, or become id 0, in silence. Vocabularies trained from the whole alphabet lack none.
+    `tokenizers` would drop it in silence (gigatoken does not load such a vocabulary). One that was trained from the
+    whole alphabet lacks none.
     """
     content = json.loads(tokenizer_json)
     vocab = content["model"].get("vocab") or {}

@@ -311,7 +311,7 @@ class PieceReader:
             table = pq.ParquetFile(self.piece.source.path, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             self.lines = 1
-            yield Reject("damaged file", _first_line(error), 0, 0)
+            yield Reject("damaged file", first_line(error), 0, 0)
             return
         for group in range(self.piece.start, self.piece.stop):
             before, rows = self.lines, table.metadata.row_group(group).num_rows
@@ -319,7 +319,7 @@ class PieceReader:
                 yield from self._row_group(table, group)
             except (pa.ArrowException, OSError) as error:
                 lost = before + rows - self.lines
-                yield Reject("damaged file", f"row group {group}: {_first_line(error)}", self.lines, -1, lost)
+                yield Reject("damaged file", f"row group {group}: {first_line(error)}", self.lines, -1, lost)
             self.lines = before + rows
 
     def _row_group(self, table: pq.ParquetFile, group: int) -> Iterator[Document | Reject]:
@@ -345,7 +345,7 @@ class PieceReader:
             return Reject(bad.reason, bad.detail, number, -1)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
