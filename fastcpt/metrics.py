@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,7 +136,7 @@ class WandB:
 
         remembered = directory / "wandb-id"
         if step is None or not remembered.exists():
-            remembered.write_text(wandb.util.generate_id())
+            remembered.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(project=project, id=remembered.read_text(), resume="allow", dir=directory, config=config)
 
     def log(self, line: dict[str, Any]) -> None:
@@ -184,8 +185,9 @@ def console_line(line: dict[str, Any], total_steps: int) -> str:
 
 
 def short_count(value: float) -> str:
+    """Three digits and a unit; what rounds up to 1000 of a unit is 1 of the next."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
+        if value >= size * 0.9995:
             return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"
 
