@@ -39,13 +39,13 @@ class Document(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A document that cannot be used (or `count` of them), and why. `reason` is one of a few, `detail` says the rest."""
+    """A document that cannot be used (or `documents` of them), and why. `reason` is one of a few, `detail` says the rest."""
 
     reason: str
     detail: str
     line: int
     offset: int
-    count: int = 1
+    documents: int = 1
 
 
 class Bad(Exception):

@@ -73,7 +73,7 @@ class Tally:
 
     def reject(self, reject: Reject) -> None:
         entry = self.rejects.setdefault(reject.reason, {"count": 0, "first": []})
-        entry["count"] += reject.count
+        entry["count"] += reject.documents
         if len(entry["first"]) < EXAMPLES:
             entry["first"].append([reject.line, reject.offset])
 

@@ -148,7 +148,7 @@ class PairWriter:
     def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """tokens (sum of lengths,) of the pair's dtype: whole documents one after another; lengths (D,) int32."""
         assert tokens.dtype == self.dtype and len(tokens) == int(lengths.sum())
-        self._binary.write(memoryview(np.ascontiguousarray(tokens)).cast("B"))
+        self._binary.write(np.ascontiguousarray(tokens).data.cast("B"))
         self._lengths.append(lengths.astype("<i4"))
         self.tokens += len(tokens)
 
@@ -294,7 +294,7 @@ class ShardSet:
                 if pair not in checked:  # once a batch: reading past the end of a mapped file kills the process
                     file.check(offset * self.dtype.itemsize)
                     checked.add(pair)
-                file.read_into(memoryview(row[filled : filled + count]).cast("B"), offset * self.dtype.itemsize)
+                file.read_into(row[filled : filled + count].data.cast("B"), offset * self.dtype.itemsize)
             filled += count
             pair += 1
 

@@ -30,7 +30,7 @@ def read(path: Path, group_key: str | None = None) -> tuple[list[Document], list
             assert lines == readers.lines_before(piece)
             good += [item._replace(line=item.line + lines) for item in items if isinstance(item, Document)]
             bad += [item._replace(line=item.line + lines) for item in items if isinstance(item, Reject)]
-            count = sum(1 if isinstance(item, Document) else item.count for item in items)
+            count = sum(1 if isinstance(item, Document) else item.documents for item in items)
             assert count == reader.lines - reader.blank
             lines += reader.lines
     return good, bad
@@ -375,10 +375,10 @@ def test_damaged_parquet_counts_every_row(tmp_path: Path) -> None:
     path.write_bytes(content)
     good, bad = read(path)
     assert [d.data.decode() for d in good] == values[:10] + values[20:]
-    assert [(r.reason, r.line, r.count) for r in bad] == [("damaged file", 10, 10)]
+    assert [(r.reason, r.line, r.documents) for r in bad] == [("damaged file", 10, 10)]
     path.write_bytes(content[:-10])
     good, bad = read(path)
-    assert good == [] and [(r.reason, r.count) for r in bad] == [("damaged file", 1)]
+    assert good == [] and [(r.reason, r.documents) for r in bad] == [("damaged file", 1)]
 
 
 def test_input_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
