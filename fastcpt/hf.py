@@ -123,7 +123,7 @@ def read_architecture(directory: Path) -> Architecture:
     def refuse(key: str, value: Any, mend: str) -> NoReturn:
         raise UserError(f"{file}: {key} is {json.dumps(value)}; {mend}")
 
-    def number(key: str, value: Any, kind: tuple[type, ...]) -> Any:
+    def number(key: str, value: Any, kind: tuple[type[int] | type[float], ...]) -> Any:
         if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < 2**62:  # NaN compares false
             refuse(key, value, f"it must be a non-negative {'integer' if kind == (int,) else 'number'}")
         return value
@@ -132,10 +132,10 @@ def read_architecture(directory: Path) -> Architecture:
         given = {key: config[key] for key in keys if config.get(key) is not None}
         if not given:
             raise UserError(f"{file}: {keys[0]} is missing; take the config.json that belongs to these weights")
-        key, value = next(iter(given.items()))
-        if any(other != value for other in given.values()):
+        values = list(given.values())
+        if values.count(values[0]) != len(values):
             raise UserError(f"{file}: {json.dumps(given)} disagree; keep the one that the model was trained with")
-        return key, value
+        return next(iter(given.items()))
 
     for key, only, default, mend in FIXED:
         if (value := config.get(key, default)) != only:
@@ -160,10 +160,10 @@ def read_architecture(directory: Path) -> Architecture:
     # Files from before the key existed mean the parallel form.
     if not isinstance(parallel := config.get("use_parallel_residual", True), bool):
         refuse("use_parallel_residual", parallel, "it must be true or false")
-    values: dict[str, Any] = {ours: number(*agreed((theirs,)), (int,)) for ours, theirs in SIZES.items()}
-    values |= {ours: float(number(*agreed(spellings), (int, float))) for ours, spellings in REALS.items()}
+    fields: dict[str, Any] = {ours: number(*agreed((theirs,)), (int,)) for ours, theirs in SIZES.items()}
+    fields |= {ours: float(number(*agreed(spellings), (int, float))) for ours, spellings in REALS.items()}
     try:
-        return Architecture(**values, gelu=GELU[activation], parallel_residual=parallel)
+        return Architecture(**fields, gelu=GELU[activation], parallel_residual=parallel)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
