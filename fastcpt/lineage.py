@@ -137,7 +137,9 @@ def check_resume(config: Config, state: dict[str, Any], data: dict[str, Any]) ->
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE) and not key.endswith(".path")
+        if before.get(key) != now.get(key)
+        and not key.startswith(FREE)
+        and not (key.startswith("data.") and key.endswith(".path"))
     ]
     if changed:
         raise UserError(
@@ -184,8 +186,11 @@ def make_phases(config: Config, origin: Origin, sets: dict[str, ShardSet], seen:
         return [Phase(0, sources)]
     assert origin.state is not None
     shares = [(source.fingerprint, source.weight) for source in sources]
-    if shares == [(source.fingerprint, source.weight) for source in earlier[-1].sources]:
-        return earlier
+    last = earlier[-1]
+    if shares == [(source.fingerprint, source.weight) for source in last.sources]:
+        # The same mixture, perhaps under other names: names are how the sets are found.
+        renamed = tuple(replace(old, name=new.name) for old, new in zip(last.sources, sources))
+        return [*earlier[:-1], replace(last, sources=renamed)]
     return [*earlier, Phase(origin.state["data"]["samples"], sources)]
 
 
