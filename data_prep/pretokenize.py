@@ -199,8 +199,6 @@ def _merge(
     directories = {name: job.work / "sets" / merge.directory_of(output, name).name for name in names}
     for name, directory in directories.items():
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in directory.iterdir():  # of a merge that was interrupted, perhaps with more pairs
-            stale.unlink()
         pairs += merge.plan_pairs(name, records, job, directory, shard_tokens)
     entries: dict[Path, dict[int, dict[str, Any]]] = {directory: {} for directory in directories.values()}
     with Meter("merge", sum(pair.bytes for pair in pairs), quiet) as meter:

@@ -620,6 +620,18 @@ def test_restart_after_an_interruption(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_restart_never_overwrites_a_set_that_came_between(tmp_path: Path, run: Any, interrupt: Any) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    interrupt(merge.os, "rename", 1)
+    with pytest.raises(Interrupted):
+        run([str(path)], output=tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="out: exists already"):
+        run([str(path)], output=tmp_path / "out")
+    (tmp_path / "out").rmdir()
+    run([str(path)], output=tmp_path / "out")
+
+
 def test_restart_does_not_repeat_finished_tasks(tmp_path: Path, run: Any, monkeypatch: Any, interrupt: Any) -> None:
     corpus(tmp_path / "in")
     monkeypatch.setattr(inputs, "TASK_BYTES", 1500)
