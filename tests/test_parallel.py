@@ -1,0 +1,141 @@
+"""Processes and devices: what is summed, what only the first does, which launches are refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcpt import UserError, parallel
+from fastcpt.parallel import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+TOGETHER = """
+import json, os, torch
+from fastcpt import UserError
+from fastcpt.integrity import DamagedError
+from fastcpt.parallel import start
+
+world = start("auto")
+calls = []
+
+def value():
+    calls.append(1)
+    return {"from": world.rank, "path": "a/b"}
+
+def mistake():
+    calls.append(1)
+    raise UserError("runs/a: in use; name another")
+
+def damage():
+    raise DamagedError("shard: cut at 7")
+
+def error_of(function):
+    try:
+        return world.on_first(function)
+    except UserError as error:
+        return str(error)
+
+result = {"rank": world.rank, "size": world.size, "first": world.first, "device": str(world.device)}
+result["value"] = world.on_first(value)
+result["mistake"], result["damage"] = error_of(mistake), error_of(damage)
+result["after"] = world.on_first(lambda: None)
+numbers = torch.tensor([1.5, 2.0**60], dtype=torch.float64) * (world.rank + 1)
+result["same"] = world.sum_(numbers) is numbers
+result["sum"] = numbers.tolist()
+result["calls"] = len(calls)
+world.barrier()
+print(json.dumps(result))
+"""
+
+
+def test_several_processes_agree(run_ranks: Callable) -> None:
+    size = 2
+    printed = [json.loads(output.splitlines()[-1]) for output in run_ranks(TOGETHER, size)]
+    total = size * (size + 1) / 2
+    for rank, result in enumerate(printed):
+        assert result == {
+            "rank": rank, "size": size, "first": rank == 0, "device": "cpu",
+            "value": {"from": 0, "path": "a/b"},
+            "mistake": "runs/a: in use; name another", "damage": "shard: cut at 7", "after": None,
+            "same": True, "sum": [1.5 * total, 2.0**60 * total],
+            "calls": 2 if rank == 0 else 0,
+        }  # fmt: skip
+
+
+def test_one_process_needs_no_group() -> None:
+    assert not torch.distributed.is_initialized()
+    numbers = torch.tensor([3.0])
+    assert ALONE.sum_(numbers) is numbers and numbers.item() == 3.0
+    ALONE.barrier()
+    assert ALONE.on_first(lambda: 7) == 7
+
+    def mistake() -> None:
+        raise UserError("a mistake")
+
+    with pytest.raises(UserError, match="a mistake"):
+        ALONE.on_first(mistake)
+    parallel.stop()
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    """launch(parallel, gpus, size, rank, local_rank): what `start` makes of it; no device or group is touched."""
+
+    def launch(setting: str, gpus: int = 0, size: int = 1, rank: int = 0, local_rank: int = 0) -> World:
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        if size > 1:
+            for name, value in (("WORLD_SIZE", size), ("RANK", rank), ("LOCAL_RANK", local_rank)):
+                monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.distributed, "init_process_group", lambda *arguments, **options: None)
+        return parallel.start(setting)
+
+    return launch
+
+
+def test_a_launch_decides_rank_and_device(launch: Callable) -> None:
+    cpu = torch.device("cpu")
+    for setting in ("auto", "single", "ddp"):
+        assert launch(setting) == World(0, 1, cpu)
+        assert launch(setting, gpus=1) == World(0, 1, torch.device("cuda", 0))
+    assert launch("single", gpus=8) == World(0, 1, torch.device("cuda", 0))
+    assert launch("auto", size=3, rank=2, local_rank=2) == World(2, 3, cpu)
+    assert launch("ddp", gpus=4, size=16, rank=13, local_rank=1) == World(13, 16, torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize("setting", ["auto", "ddp"])
+def test_gpus_that_would_stand_idle_are_refused_with_the_command(
+    launch: Callable, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", "my run.yaml", "--optim.lr", "1e-3"])
+    command = "torchrun --nproc_per_node=4 -m fastcpt.train --config 'my run.yaml' --optim.lr 1e-3"
+    with pytest.raises(UserError) as raised:
+        launch(setting, gpus=4)
+    assert "4 GPUs are visible but there is one process" in str(raised.value)
+    assert f"`{command}`" in str(raised.value) and "train.parallel: single" in str(raised.value)
+
+
+def test_single_under_torchrun_is_refused(launch: Callable) -> None:
+    with pytest.raises(
+        UserError, match=r"train\.parallel is single, but torchrun started 2 processes; use ddp or auto"
+    ):
+        launch("single", size=2, rank=1, local_rank=1)
+
+
+def test_a_process_without_a_gpu_is_refused(launch: Callable) -> None:
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU: 2 are visible; lower --nproc_per_node"):
+        launch("auto", gpus=2, size=4, rank=2, local_rank=2)
+
+
+def test_bf16_needs_hardware_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
+        assert parallel.has_bf16(torch.device("cuda")) is expected
+    flags = Path("/proc/cpuinfo").read_text().split()
+    if "flags" in flags:  # x86
+        assert parallel.has_bf16(torch.device("cpu")) == ("avx512_bf16" in flags or "amx_tile" in flags)
