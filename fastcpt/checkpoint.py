@@ -27,12 +27,15 @@ from fastcpt import UserError
 from fastcpt.integrity import (
     DamagedError,
     check_file,
+    check_names,
     file_hashes,
     read_json,
+    read_sealed,
     sync_directory,
     sync_file,
     write_durably,
     write_json,
+    write_sealed,
 )
 from fastcpt.parallel import World
 
@@ -65,8 +68,7 @@ def save(
                 "bytes": path.stat().st_size,
                 "hashes": [f"{value:016x}" for value in hashes.tolist()],
             }
-        manifest = {"format": FORMAT, "version": 1, "step": step, "id": uuid.uuid4().hex, "files": entries}
-        write_json(building / MANIFEST, manifest)
+        write_sealed(building / MANIFEST, FORMAT, {"step": step, "id": uuid.uuid4().hex, "files": entries})
         if final.exists():  # only a damaged one can be in the way: a good one would have been gone on from
             final.rename(root / f"damaged-step-{step}-{uuid.uuid4().hex[:8]}")
         building.rename(final)
@@ -89,19 +91,14 @@ def load_tensors_(checkpoint: Path, tensors: dict[str, Tensor], world: World) ->
 
 def verify(checkpoint: Path) -> None:
     """Every byte against the manifest. Raises DamagedError that names the file and the offset."""
-    manifest = read_json(checkpoint / MANIFEST, "the manifest of a checkpoint")
-    if manifest.get("format") != FORMAT or manifest.get("version") != 1:
-        raise DamagedError(f"{checkpoint / MANIFEST}: not the manifest of a checkpoint that this version reads")
-    entries = manifest["files"]
+    entries = read_sealed(checkpoint / MANIFEST, FORMAT, "the checkpoint")["files"]
+    check_names(checkpoint / MANIFEST, entries)
     for path in checkpoint.iterdir():
         if path.name not in entries and path.name != MANIFEST:
             raise DamagedError(f"{path}: the manifest does not know this file; remove it")
     for name, entry in entries.items():
-        if Path(name).name != name:
-            raise DamagedError(f"{checkpoint / MANIFEST}: names a file {name!r} outside its folder")
-        check_file(
-            checkpoint / name, entry["bytes"], np.array([int(h, 16) for h in entry["hashes"]], "<u8"), BLOCK_BYTES
-        )
+        hashes = np.array([int(value, 16) for value in entry["hashes"]], "<u8")
+        check_file(checkpoint / name, entry["bytes"], hashes, BLOCK_BYTES)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ each 64 KiB, checkpoints (`checkpoint.py`) one for each 1 MiB.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -118,6 +118,34 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: holds a {type(value).__name__}, not an object; it should be {what}")
     return value
+
+
+def write_sealed(path: Path, kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Writes a manifest that carries its own hash. kind: its "format". Returns what was written."""
+    sealed = {"format": kind, "version": 1, **value}
+    sealed["sha256"] = sha256_json(sealed)
+    write_json(path, sealed)
+    return sealed
+
+
+def read_sealed(path: Path, kind: str, what: str) -> dict[str, Any]:
+    """Reads what `write_sealed` wrote. Raises DamagedError when it was changed or is something else."""
+    value = read_json(path, what)
+    recorded = value.pop("sha256", None)
+    if recorded != sha256_json(value):
+        raise DamagedError(
+            f"{path}: its content does not match its own hash; restore it from a copy, or make {what} again"
+        )
+    if (value.get("format"), value.get("version")) != (kind, 1):
+        raise DamagedError(f"{path}: format {value.get('format')!r} version {value.get('version')!r}, not {kind!r} 1")
+    return value
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """The file names that a manifest at `path` gives must be plain: nothing outside its folder is read."""
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise DamagedError(f"{path}: names a file {name!r} outside its folder")
 
 
 class HashingWriter:

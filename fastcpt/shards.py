@@ -30,11 +30,12 @@ from fastcpt.integrity import (
     DamagedError,
     HashingWriter,
     check_file,
+    check_names,
     check_size,
-    read_json,
+    read_sealed,
     sha256_file,
     sha256_json,
-    write_json,
+    write_sealed,
 )
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -185,8 +186,6 @@ def write_manifest(
     documents. pairs: what `PairWriter.close` returned, in order. files: names of the other files of the folder.
     """
     manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "version": 1,
         "tokenizer": tokenizer,
         "dtype": dtype.name,
         "tokens": sum(pair["tokens"] for pair in pairs),
@@ -197,12 +196,10 @@ def write_manifest(
             name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
             for name in sorted(files)
         },
+        # The same tokens in the same pairs are the same data, whatever the ledger says of where they came from.
+        "fingerprint": sha256_json([tokenizer["fingerprint"], dtype.name, pairs]),
     }
-    # The same tokens in the same pairs are the same data, whatever the ledger says of where they came from.
-    manifest["fingerprint"] = sha256_json([tokenizer["fingerprint"], dtype.name, pairs])
-    manifest["sha256"] = sha256_json(manifest)
-    write_json(directory / MANIFEST, manifest)
-    return manifest
+    return write_sealed(directory / MANIFEST, FORMAT, manifest)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -210,19 +207,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.exists():
         raise UserError(f"{directory}: no {MANIFEST}; make a shard set with `fastcpt prep ... --output {directory}`")
-    manifest = read_json(path, "the manifest of a shard set")
-    if manifest.get("format") != FORMAT or manifest.get("version") != 1:
-        raise DamagedError(
-            f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r}, not {FORMAT!r} 1"
-        )
-    recorded = manifest.pop("sha256", None)
-    if recorded != sha256_json(manifest):
-        raise DamagedError(
-            f"{path}: its content does not match its own hash; restore it from a copy, or prepare the set again"
-        )
-    for name in [*manifest["files"], *(pair["name"] for pair in manifest["pairs"])]:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise DamagedError(f"{path}: names a file {name!r} outside its folder")
+    manifest = read_sealed(path, FORMAT, "the shard set")
+    check_names(path, [*manifest["files"], *(pair["name"] for pair in manifest["pairs"])])
     return manifest
 
 

@@ -1,0 +1,129 @@
+"""A run in memory, and what of it a checkpoint holds."""
+
+import base64
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcpt import checkpoint, lineage
+from fastcpt.config import Config, to_dict, to_yaml
+from fastcpt.data import Mixture
+from fastcpt.evaluation import NamedSet
+from fastcpt.model import GPTNeoX
+from fastcpt.optim import AdamW
+from fastcpt.parallel import World
+from fastcpt.schedules import Plan
+
+
+@dataclass
+class State:
+    """A run in memory."""
+
+    config: Config
+    world: World
+    origin: lineage.Origin
+    plan: Plan
+    mixture: Mixture
+    validation: list[NamedSet]
+    model: GPTNeoX
+    forward: Callable[..., Tensor]  # the model, or DDP around it
+    optimizer: AdamW
+    history: dict[str, Any]
+    step: int = 0
+    samples: int = 0
+    start_losses: dict[str, float] = field(default_factory=dict)  # of each validation set, before the first step
+    # Since the last log line: nats and tokens, float64 on the device. Skipped steps count nothing.
+    interval: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    # Steps skipped in all, and in a row until now, int64 on the device.
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.config.data.seq_len
+
+    @property
+    def last_step(self) -> int:
+        return self.plan.first + self.plan.steps
+
+
+def named_tensors(state: State) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name: model.*, exp_avg.*, exp_avg_sq.*, all fp32."""
+    tensors = {}
+    for name, parameter in state.model.named_parameters():
+        moments = state.optimizer.state[parameter]
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+    return tensors
+
+
+def save(state: State) -> Path:
+    """Writes a checkpoint of this step and removes those that `run.keep` no longer keeps."""
+    config, world = state.config, state.world
+    # One value for the run: the sum goes to the first process, from here on and after a resume alike.
+    world.sum_(state.interval)
+    first_set = next(iter(state.mixture.sets.values()))
+    values = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "lr": state.plan.rate(state.step),
+        "adam_updates": state.optimizer.updates,
+        "architecture": asdict(state.model.arch),
+        "eod_token": first_set.manifest["tokenizer"]["eod_token"],
+        "plan": state.plan.to_dict(),
+        "data": {
+            "samples": state.samples,
+            "seq_len": config.data.seq_len,
+            "seed": config.train.seed,
+            "phases": [asdict(phase) for phase in state.mixture.phases],
+            "seen": state.mixture.seen(state.samples),
+            "fingerprints": {
+                "train": {name: shard_set.fingerprint for name, shard_set in state.mixture.sets.items()},
+                "val": {named.name: named.shards.fingerprint for named in state.validation},
+            },
+        },
+        "history": state.history,
+        "start_losses": state.start_losses,
+        "interval": state.interval.tolist(),
+        "skipped": state.skipped.tolist(),
+        "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "config": to_dict(config),
+    }
+    if not world.first:
+        state.interval.zero_()
+    files = {
+        "config.yaml": to_yaml(config).encode(),
+        "tokenizer.json": (first_set.path / "tokenizer.json").read_bytes(),
+    }
+    run = Path(config.run.output)
+    saved = checkpoint.save(run, state.step, named_tensors(state), values, files, world)
+    if world.first:
+        checkpoint.rotate(run, config.run.keep)
+    return saved
+
+
+def load_(state: State) -> None:
+    """Reads what the run's kind takes from its checkpoint."""
+    origin, world = state.origin, state.world
+    assert origin.path is not None and origin.state is not None
+    values = origin.state
+    keeps_moments = origin.keeps_position or state.config.init.optimizer == "keep"
+    tensors = named_tensors(state)
+    checkpoint.load_tensors_(
+        origin.path, tensors if keeps_moments else {k: v for k, v in tensors.items() if k.startswith("model.")}, world
+    )
+    if keeps_moments:
+        state.optimizer.set_updates(values["adam_updates"])
+    if origin.keeps_position:
+        state.step, state.samples = values["step"], values["data"]["samples"]
+    if origin.kind == "resume":
+        state.start_losses = values["start_losses"]
+        if world.first:
+            state.interval.copy_(torch.tensor(values["interval"], dtype=torch.float64))
+        state.skipped.copy_(torch.tensor(values["skipped"]))
+        rng = np.frombuffer(base64.b64decode(values["rng"]), np.uint8)
+        torch.set_rng_state(torch.from_numpy(rng.copy()))

@@ -1,0 +1,162 @@
+"""The order of the house: who may import whom, names that would shadow, what a wheel holds, and no pickle."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {"fastcpt": "fastcpt", "kernels": "fastcpt.kernels", "data_prep": "fastcpt.data_prep", "benchmarks": "fastcpt.benchmarks"}  # fmt: skip
+FILES = {
+    f"{package}.{path.stem}" if path.stem != "__init__" else package: path
+    for folder, package in ROOMS.items()
+    for path in sorted((ROOT / folder).glob("*.py"))
+}
+# Modules that only `import X` inside a function may name: they are heavy, or not everybody has them.
+OPTIONAL = {"jsonargparse", "yaml", "wandb", "ray", "flash_attn", "pyarrow", "zstandard", "gigatoken", "transformers"}
+
+
+def imports(path: Path, lazy: bool) -> set[str]:
+    """Modules that a file imports, by full name; lazy=False leaves out those inside functions."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not lazy:
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.update({f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    """Our own modules that a file imports, functions included."""
+    return {name for name in imports(path, lazy=True) if name in FILES} - {"fastcpt"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_one_way(module: str) -> None:
+    path, used = FILES[module], ours(FILES[module])
+    outside = {name.partition(".")[0] for name in imports(path, lazy=True)} - {"fastcpt"} - set(sys.stdlib_module_names)
+    assert not {"tests", "kernels", "data_prep", "benchmarks"} & outside
+    if module.startswith("fastcpt.kernels"):
+        assert outside <= {"torch", "triton"} and all(name.startswith("fastcpt.kernels") for name in used)
+    if module in ("fastcpt.integrity", "fastcpt.shards"):
+        assert outside <= {"numpy"} and used <= {"fastcpt.integrity"}
+    if module.startswith("fastcpt.data_prep"):
+        assert not {"torch", "transformers"} & outside
+        assert all(
+            name.startswith("fastcpt.data_prep") or name in ("fastcpt.shards", "fastcpt.integrity") for name in used
+        )
+    if module == "fastcpt.model":
+        assert used == {"fastcpt.config", "fastcpt.attention", "fastcpt.loss"}
+    if module == "fastcpt.data":
+        assert used == {"fastcpt.shards"}
+    if module.startswith("fastcpt.") and module not in ("fastcpt.cli", "fastcpt.demo"):
+        assert "fastcpt.train" not in used and "fastcpt.benchmarks" not in used
+    if module == "fastcpt.train":
+        assert not {"fastcpt.cli", "fastcpt.demo"} & used and not any("data_prep" in name for name in used)
+
+
+def test_there_is_no_cycle() -> None:
+    graph = {module: ours(path) for module, path in FILES.items()}
+    state: dict[str, int] = {}
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert state.get(module) != 1, f"cycle: {' -> '.join((*trail, module))}"
+        if module in state:
+            return
+        state[module] = 1
+        for used in graph[module]:
+            visit(used, (*trail, module))
+        state[module] = 2
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if not m.startswith(("fastcpt.data_prep", "fastcpt.benchmarks"))])
+def test_optional_packages_are_imported_late(module: str) -> None:
+    assert not {name.partition(".")[0] for name in imports(FILES[module], lazy=False)} & OPTIONAL
+
+
+def test_training_imports_without_the_optional_packages() -> None:
+    """torch, numpy, safetensors and huggingface_hub are enough for model, data and train."""
+    blocked = OPTIONAL | {"rich", "tensorboard", "triton", "tokenizers"}
+    script = (
+        "import sys\n"
+        f"for name in {sorted(blocked)!r}: sys.modules[name] = None\n"
+        "import fastcpt.train, fastcpt.model, fastcpt.data, fastcpt.hf, fastcpt.checkpoint\n"
+        "print('imported')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "imported\n", done.stderr
+
+
+@pytest.mark.parametrize("path", [p for f in [*ROOMS, "tests"] for p in sorted((ROOT / f).glob("*.py"))], ids=str)
+def test_no_file_shadows_a_module(path: Path) -> None:
+    """torchrun and `python FILE` put a file's folder first on sys.path, where its neighbours answer to their names."""
+    well_known = {"torch", "triton", "numpy", "datasets", "evaluate", "tokenizers", "wandb", "ray", "rich", "yaml"}
+    assert path.stem not in (set(sys.stdlib_module_names) | well_known | OPTIONAL)
+
+
+def test_nothing_unpickles_or_trusts_remote_code() -> None:
+    for path in FILES.values():
+        text = path.read_text()
+        tree = ast.parse(text)
+        assert not imports(path, lazy=True) & {"pickle", "dill", "cloudpickle", "joblib", "marshal"}, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("torch.load", "yaml.load", "eval", "exec"), f"{path}:{node.lineno}"
+                for keyword in node.keywords:
+                    forbidden = {"trust_remote_code": True, "weights_only": False, "allow_pickle": True}
+                    value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+                    assert keyword.arg not in forbidden or value != forbidden[keyword.arg], f"{path}:{node.lineno}"
+
+
+def test_files_and_functions_stay_small() -> None:
+    for module, path in FILES.items():
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (module, node.name) != ("fastcpt.train", "train"):
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{path}: {node.name}"
+
+
+def test_the_wheel_has_one_top_level(tmp_path: Path) -> None:
+    """And every module is in it, under its imported name."""
+    import zipfile
+
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), "."],
+        cwd=_copy(tmp_path / "source"), check=True, timeout=300,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"fastcpt"}
+    expected = {
+        f"{package.replace('.', '/')}/{path.name}"
+        for folder, package in ROOMS.items()
+        for path in (ROOT / folder).glob("*.py")
+    }
+    assert expected | {"fastcpt/py.typed"} <= set(names)
+
+
+def _copy(target: Path) -> Path:
+    """The sources without what building leaves beside them."""
+    import shutil
+
+    for folder in ROOMS:
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+    return target
