@@ -6,7 +6,6 @@ and post-processing are not used.
 
 import functools
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -257,8 +256,3 @@ def _uncovered_byte(tokenizer_json: bytes) -> Callable[[bytes], int | None]:
         return match[0][0] if match else None
 
     return search
-
-
-def workers_environment() -> None:
-    """In a worker process, before it encodes: `tokenizers` starts no threads of its own, there is a worker a core."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

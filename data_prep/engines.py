@@ -1,17 +1,30 @@
 """Where tasks run. An engine takes a function and tasks, both picklable, and yields the results as they are ready."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from fastcpt.data_prep.encoding import workers_environment
-
 from fastcpt import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def _start_worker() -> None:
+    """In a new worker: no threads of `tokenizers`, there is a worker a core; and an end when the parent is killed."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def run_local(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
@@ -26,7 +39,7 @@ def run_local(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> I
     # Forked children of a process with threads (Arrow, gigatoken) can hang; multiprocessing.Pool hangs when one dies.
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=workers_environment)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         waiting = iter(tasks)
         running: set[Future[R]] = set()

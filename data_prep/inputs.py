@@ -58,11 +58,18 @@ def suffix_of(path: str) -> str | None:
     return next((suffix for suffix in SUFFIXES if path.lower().endswith(suffix)), None)
 
 
+def _walk(folder: str) -> Iterator[str]:
+    """Every file below a folder, but not what preparation itself wrote there: a ledger is no corpus."""
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.endswith(".partial")]
+        if not {"manifest.json", "token_bytes.npy"} <= set(names):
+            yield from (os.path.join(path, name) for name in names)
+
+
 def _expand(argument: str) -> list[str]:
     """The files that one INPUT names. Raises UserError when there are none."""
     if os.path.isdir(argument):
-        walked = (os.path.join(folder, name) for folder, _, names in os.walk(argument) for name in names)
-        found = [path for path in walked if suffix_of(path)]
+        found = [path for path in _walk(argument) if suffix_of(path)]
         if not found:
             raise UserError(f"{argument}: no file in this folder ends in one of {', '.join(SUFFIXES)}")
         return found

@@ -195,7 +195,7 @@ def directory_of(output: Path, name: str) -> Path:
 def refuse_existing(output: Path, names: Iterable[str]) -> None:
     for name in names:
         directory = directory_of(output, name)
-        if directory.exists():
+        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
             raise UserError(f"{directory}: exists already; remove it, or choose another --output")
 
 

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,10 +71,15 @@ def prep(
     try:
         with _owned(work):
             _claim(job, sources, tasks, shard_tokens, tokenizer_json)
-            if not (work / "merged.json").exists():
-                records = _run_tasks(tasks, job, workers, quiet)
-                _merge(sources, records, job, output, shard_tokens, tokenizer_json, workers, quiet)
-            paths = merge.commit(output, work)
+            try:
+                if not (work / "merged.json").exists():
+                    records = _run_tasks(tasks, job, workers, quiet)
+                    _merge(sources, records, job, output, shard_tokens, tokenizer_json, workers, quiet)
+                paths = merge.commit(output, work)
+            except UserError:
+                if not any(job.folder.glob("*.json")):  # nothing to go on from, and the inputs may be mended now
+                    shutil.rmtree(work)
+                raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

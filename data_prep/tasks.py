@@ -188,26 +188,37 @@ def _with_eod(ids: np.ndarray, ends: np.ndarray, vocabulary: Vocabulary) -> np.n
 
 
 class _Parts:
-    """The part files of a task, one pair a set, appended to batch by batch."""
+    """The part files of a task, two a set, appended to batch by batch.
+
+    They get their names when they are whole, so that a task that runs twice at once does no harm: both runs write the
+    same bytes.
+    """
 
     def __init__(self, job: Job, task: int) -> None:
         self._job, self._task = job, task
         self.sizes: dict[str, int] = {}
 
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        tokens = self._job.part_path(self._task, name)
+        return tokens, tokens.with_suffix(".lengths")
+
+    def _unfinished(self, path: Path) -> Path:
+        return path.with_name(f"{path.name}.{os.getpid()}")
+
     def write(self, name: str, tokens: np.ndarray, lengths: np.ndarray) -> None:
         mode = "ab" if name in self.sizes else "wb"
         if len(self.sizes) >= MAX_SETS and mode == "wb":
             raise UserError(f"--group-key {self._job.group_key}: over {MAX_SETS:,} values; choose a key with fewer")
-        path = self._job.part_path(self._task, name)
-        for target, array in ((path, tokens), (path.with_suffix(".lengths"), lengths.astype("<i4"))):
-            with open(target, mode) as file:
+        for path, array in zip(self._paths(name), (tokens, lengths.astype("<i4")), strict=True):
+            with open(self._unfinished(path), mode) as file:
                 file.write(array.data)
         self.sizes[name] = self.sizes.get(name, 0) + tokens.nbytes
 
-    def sync(self) -> None:
+    def finish(self) -> None:
         for name in self.sizes:
-            sync_file(self._job.part_path(self._task, name))
-            sync_file(self._job.part_path(self._task, name).with_suffix(".lengths"))
+            for path in self._paths(name):
+                sync_file(self._unfinished(path))
+                os.replace(self._unfinished(path), path)
 
 
 def _write_batch(batch: list[Entry], tokens: np.ndarray, lengths: np.ndarray, parts: _Parts) -> None:
@@ -246,7 +257,7 @@ def run_task(task: Task, job: Job) -> dict[str, Any]:
         if reference is not None:
             checked += _check(batch, ids, ends, reference, task.check_first - checked)
         _write_batch(batch, _with_eod(ids, ends, job.vocabulary), counts + 1, parts)
-    parts.sync()
+    parts.finish()
     record = {
         "task": task.index,
         "bytes": task.weight,

@@ -196,7 +196,7 @@ def test_same_bytes_for_any_number_of_workers_and_any_division(
         file.write(b'{"text": 1}\n\n{"text": "')
     options = {"output": tmp_path / "out", "shard_tokens": 700, "val_fraction": 0.2, "on_error": "skip"}
     trees = []
-    for workers, task_bytes in [(1, 32 << 20), (1, 1), (1, 997), (2, 997), (3, 997)]:
+    for workers, task_bytes in [(1, 32 << 20), (1, 211), (1, 997), (2, 997), (3, 997)]:
         monkeypatch.setattr(inputs, "TASK_BYTES", task_bytes)
         run([str(tmp_path / "in")], **options, workers=workers)
         trees.append(tree(tmp_path / "out"))
@@ -327,6 +327,7 @@ def test_bad_document_stops_the_run_with_its_place(
         assert str(caught.value).startswith(f"{path}:3 (byte {16 + byte - starts[line - 1]}): {reason}: ")
         assert "--on-error skip" in str(caught.value)
         assert not (tmp_path / f"out{case}").exists()
+        assert (tmp_path / f"out{case}.partial").exists() == (task_bytes < 50)  # kept when a task was finished
 
 
 def test_a_stopped_run_goes_on_with_skip(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,7 +542,7 @@ def test_set_that_exists_is_refused(tmp_path: Path, run: Any) -> None:
     before = tree(tmp_path / "out")
     with pytest.raises(UserError, match=r"out: exists already"):
         run([path], output=tmp_path / "out")
-    (tmp_path / "new-val").mkdir()
+    (tmp_path / "new-val" / "something").mkdir(parents=True)
     with pytest.raises(UserError, match=r"new-val: exists already"):
         run([path], output=tmp_path / "new", val_fraction=0.5)
     assert tree(tmp_path / "out") == before and not (tmp_path / "out.partial").exists()
@@ -587,7 +588,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, int], None
 STEPS = [
     *[(tasks, "write_json", call) for call in (1, 2, 5)],
     (tasks._Parts, "write", 3),
-    (tasks._Parts, "sync", 2),
+    (tasks._Parts, "finish", 2),
     (merge, "write_pair", 2),
     (merge, "finish_set", 1),
     (merge, "write_manifest", 2),
@@ -625,11 +626,12 @@ def test_restart_never_overwrites_a_set_that_came_between(tmp_path: Path, run: A
     interrupt(merge.os, "rename", 1)
     with pytest.raises(Interrupted):
         run([str(path)], output=tmp_path / "out")
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "something").mkdir(parents=True)
     with pytest.raises(UserError, match="out: exists already"):
         run([str(path)], output=tmp_path / "out")
-    (tmp_path / "out").rmdir()
+    (tmp_path / "out" / "something").rmdir()  # an empty folder is no set
     run([str(path)], output=tmp_path / "out")
+    ShardSet(tmp_path / "out").verify()
 
 
 def test_restart_does_not_repeat_finished_tasks(tmp_path: Path, run: Any, monkeypatch: Any, interrupt: Any) -> None:
@@ -727,6 +729,52 @@ def test_kill_at_any_moment_and_run_again(tmp_path: Path, run: Any, tokenizer_fi
     run([str(tmp_path / "in")], output=tmp_path / "whole", val_fraction=0.1, shard_tokens=20_000)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert tries > 1
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    code = "import time; from fastcpt.data_prep.engines import run_local; list(run_local(time.sleep, [600, 600], 2))"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    workers: list[int] = []
+    limit = time.monotonic() + 60
+    while len(workers) < 3 and time.monotonic() < limit:  # two, and the tracker of their resources
+        workers = children(process.pid)
+        time.sleep(0.05)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert workers and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def test_tokenizer_from_the_hub(monkeypatch: pytest.MonkeyPatch, tokenizer_file: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: list[Any] = []
+
+    def download(*arguments: Any, **options: Any) -> str:
+        asked.append((*arguments, options))
+        if "missing" in arguments[0]:
+            raise LocalEntryNotFoundError("offline\nand more")
+        return str(tokenizer_file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert encoding.load_tokenizer("EleutherAI/pythia-14m@step143000") == tokenizer_file.read_bytes()
+    assert encoding.load_tokenizer("gpt2") == tokenizer_file.read_bytes()
+    assert asked == [
+        ("EleutherAI/pythia-14m", "tokenizer.json", {"revision": "step143000"}),
+        ("gpt2", "tokenizer.json", {"revision": None}),
+    ]
+    with pytest.raises(UserError, match=r"^some/missing: .*\(offline\); give the path"):
+        encoding.load_tokenizer("some/missing")
+
+
+def test_shards_among_the_inputs_are_not_read(tmp_path: Path, run: Any) -> None:
+    write_jsonl(tmp_path / "data" / "a.jsonl", [{"text": "x"}])
+    for name in ("one", "two"):
+        (manifest,) = run([str(tmp_path / "data")], output=tmp_path / "data" / name)
+        assert manifest["documents"] == 1
 
 
 def test_full_disk_is_an_error_with_a_mend(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
