@@ -299,7 +299,9 @@ def parse(arguments: Sequence[str]) -> Config:
 
     jsonargparse.set_loader("fastcpt", load, exceptions=(yaml.YAMLError,))
     jsonargparse.typing.register_type(Count, serializer=int, deserializer=Count.parse, fail_already_registered=False)
-    parser = jsonargparse.ArgumentParser("fastcpt train", exit_on_error=False, parser_mode="fastcpt", add_help=False)
+    parser = jsonargparse.ArgumentParser(
+        "fastcpt train", exit_on_error=False, parser_mode="fastcpt", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config")
     hints = get_type_hints(Config)
     for section in SECTIONS:
@@ -326,7 +328,7 @@ def parse(arguments: Sequence[str]) -> Config:
                     f"{file}: the section {section} is {value!r}, not a mapping; give its fields or remove it"
                 )
     try:
-        values = parser.instantiate_classes(parser.parse_args(arguments))
+        values = parser.instantiate(parser.parse_args(arguments))
     except jsonargparse.ArgumentError as error:
         raise UserError(f"{' '.join([*files, ''])}{' '.join(str(error).split()).replace('from_', 'from')}") from None
     return Config(**{section: values[section] for section in SECTIONS})

@@ -12,7 +12,6 @@ import json
 import shutil
 import sysconfig
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +42,17 @@ class Size:
 
 
 FULL = Size(2_400_000, 800_000, 8_192, 4, 128, 256, 32_768, True, 20_000_000)
-QUICK = Size(200_000, 100_000, 4_096, 2, 64, 128, 8_192, False, 800_000)
+QUICK = Size(120_000, 60_000, 2_048, 2, 64, 128, 8_192, False, 600_000)
 
 
-def modules() -> Iterator[Path]:
-    """Source files of the standard library, in a fixed order."""
+def modules() -> list[Path]:
+    """Source files of the standard library, in a fixed order that mixes its packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if not SKIPPED & set(path.relative_to(root).parts):
-            yield path
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    return [
+        root / path
+        for path in sorted((p for p in paths if not SKIPPED & set(p.parts)), key=lambda p: sha256_json(str(p)))
+    ]
 
 
 def split_source(source: str) -> tuple[list[str], str]:
@@ -71,21 +72,23 @@ def texts(limit: int) -> tuple[list[str], list[str]]:
     """(upstream English, downstream code), documents in a fixed order, at most `limit` characters of each."""
     from pydoc_data.topics import topics
 
-    english, code = [topics[name] for name in sorted(topics)], []
+    english, code = {topics[name] for name in topics}, set()
     for path in modules():
         try:
             docstrings, rest = split_source(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue  # a module that is no text or no Python is not text to learn from
-        english += [text for text in docstrings if len(text) >= 100]
-        code.append(rest)
-    # By content, so that the limit takes from all of it.
-    return _limited(sorted(set(english), key=sha256_json), limit), _limited(sorted(set(code), key=sha256_json), limit)
+        english.update(text for text in docstrings if len(text) >= 100)
+        code.add(rest)
+        if min(sum(map(len, english)), sum(map(len, code))) >= limit:
+            break
+    return _limited(english, limit), _limited(code, limit)
 
 
-def _limited(documents: Iterable[str], limit: int) -> list[str]:
+def _limited(documents: set[str], limit: int) -> list[str]:
+    """Documents in the order of their hashes, so that the limit takes from all kinds, up to `limit` characters."""
     kept, total = [], 0
-    for document in documents:
+    for document in sorted(documents, key=sha256_json):
         if document and total + len(document) <= limit:
             kept.append(document)
             total += len(document)

@@ -101,7 +101,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     configuration = {
-        "model": {"layers": 1, "width": 16, "heads": 2, "vocab_size": 512},
+        "model": {"layers": 1, "width": 16, "heads": 2, "vocab_size": 640},
         "data": {
             "seq_len": 32,
             "train": [{"name": "text", "path": "shards", "weight": 1}],
