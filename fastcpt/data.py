@@ -202,7 +202,7 @@ class Mixture:
 
     def seen(self, samples: int) -> dict[str, int]:
         """Samples that each source, by fingerprint, has given before sample number `samples`."""
-        seen = {}
+        seen: dict[str, int] = {}
         ends = [phase.first for phase in self.phases[1:]] + [samples]
         for phase, quotas, end in zip(self.phases, self._quotas, ends):
             if phase.first <= samples:

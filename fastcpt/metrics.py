@@ -100,7 +100,7 @@ def _is_kept(line: bytes, step: int | None) -> bool:
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
     """A line's numbers under flat names: eval/pile/loss for {"eval": {"pile": {"loss": ...}}}."""
-    flat = {}
+    flat: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, dict):
             flat |= {f"{key}/{name}": number for name, number in scalars(value).items()}

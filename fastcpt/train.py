@@ -269,8 +269,10 @@ def train(config: Config) -> State:
         clock += time.perf_counter() - pause
     if first and steps == 0:
         print(f"{folder}: complete at step {state.step}")
-    for closing in (*loggers, *locks):
-        closing.close()
+    for logger in loggers:
+        logger.close()
+    for lock in locks:
+        lock.close()
     return state
 
 
