@@ -91,6 +91,22 @@ def test_the_example_of_the_design_loads(load: Callable) -> None:
     )
 
 
+def test_what_is_not_given_is_what_pythia_and_the_paper_used(load: Callable) -> None:
+    """A default is a promise too: the recipe of arXiv 2308.04014 on the widths of Pythia, as the design's example."""
+    smallest, example = to_dict(load(SMALLEST)), to_dict(load(EXAMPLE))
+    assert smallest["data"] == {
+        "train": [{"name": "a", "path": "sets/a", "weight": 1.0, "replay": False}],
+        "val": [], "seq_len": 2048, "document_mask": False, "reader": "mmap",
+    }  # fmt: skip
+    assert smallest["model"] == dict.fromkeys(example["model"])
+    assert smallest["init"] == {"from": "scratch", "optimizer": "reset", "branch": False, "force": False}
+    own = {"tokens": 1_000_000, "batch_tokens": 4096, "micro_batch": 8}
+    assert smallest["train"] == example["train"] | own
+    assert smallest["optim"] == example["optim"] | {"lr": 1e-3}
+    assert smallest["schedule"] == example["schedule"]
+    assert smallest["run"] == example["run"] | {"output": "runs/small"}
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(load: Callable) -> None:
     assert isinstance(yaml.safe_load("3e-4"), str), "PyYAML wants a point"
     text = SMALLEST.replace("{lr: 1e-3}", "{lr: 3e-4, eps: 1e-8, betas: [9e-1, 95e-2], clip: 1e0, weight_decay: 0}")
@@ -294,6 +310,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, joined: bool) -> None
         (["--config"], "--config: expected one argument"),
         (["--nope", "1"], "unrecognized arguments: --nope 1"),
         (["--train.nope", "1"], "unrecognized arguments: --train.nope 1"),
+        (["--optim.weight", "0.5"], "unrecognized arguments: --optim.weight 0.5"),  # no short spelling of weight_decay
+        (["--train.compil=false"], "unrecognized arguments: --train.compil=false"),
         (["--optim.clip", "wide"], "\"optim.clip\": Expected a <class 'float'>. Got value: wide"),
     ],
 )
