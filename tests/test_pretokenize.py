@@ -476,6 +476,24 @@ def test_token_bytes_agree_with_gigatoken(tokenizer_file: Path) -> None:
     assert encoding.token_bytes(raw, vocabulary).tolist() == wanted
 
 
+def test_memory_of_gigatoken_is_bounded(tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random words, each of which it would keep for ever; the ids do not change when it is loaded anew."""
+    raw = tokenizer_file.read_bytes()
+    vocabulary = encoding.read_vocabulary(raw, None, "tokenizer.json")
+    unbounded = encoding.Gigatoken(raw, vocabulary)
+    monkeypatch.setattr(encoding, "CACHE_BYTES", 8 << 20)
+    bounded = encoding.Gigatoken(raw, vocabulary)
+    loads: list[int] = []
+    monkeypatch.setattr(bounded, "_load", lambda original=bounded._load: loads.append(1) or original())
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        letters = rng.integers(97, 123, 1 << 20, dtype=np.uint8)
+        letters[rng.random(1 << 20) < 0.1] = 32
+        documents = [letters.tobytes()]
+        assert np.array_equal(bounded.encode(documents)[0], unbounded.encode(documents)[0])
+    assert 1 <= len(loads) < 6
+
+
 def change(tokenizer_file: Path, **changes: Any) -> bytes:
     return json.dumps(json.loads(tokenizer_file.read_bytes()) | changes).encode()
 
