@@ -166,7 +166,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where results go, and how often. Free to change when a run goes on."""
+    """Where results go, and how often. Free to change when a run goes on, but for eval_tokens."""
 
     output: str
     """The run's folder; started again with the same one, a run goes on."""
@@ -236,7 +236,10 @@ def check(config: Config) -> None:
     require(optim.clip > 0, f"optim.clip {optim.clip} must be above 0; a large number clips nothing")
     require(optim.eps > 0, f"optim.eps {optim.eps} must be above 0")
     require(0 <= optim.weight_decay < math.inf, f"optim.weight_decay {optim.weight_decay} is not a number from 0 on")
-    require(0 <= schedule.warmup < math.inf, f"schedule.warmup {schedule.warmup} is not a number from 0 on")
+    require(
+        0 <= schedule.warmup < 1 or (schedule.warmup >= 1 and schedule.warmup % 1 == 0),
+        f"schedule.warmup {schedule.warmup} is neither a fraction below 1 nor a whole number of steps",
+    )
     require(0 <= schedule.min_lr_ratio <= 1, f"schedule.min_lr_ratio {schedule.min_lr_ratio} is not from 0 to 1")
     if config.init.branch:
         require(config.init.from_ != "scratch", "init.branch needs init.from: the checkpoint to go on from")
@@ -287,7 +290,10 @@ def fields() -> list[tuple[str, str]]:
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """`--config FILE [--section.field VALUE ...]` -> Config. Raises UserError that names the file and the field."""
+    """`--config FILE [--section.field VALUE ...]` -> Config. Raises UserError that names the file and the field.
+
+    With --print_config it prints the resolved configuration as a file and exits.
+    """
     import jsonargparse
     import yaml
 
@@ -306,6 +312,8 @@ def parse(arguments: Sequence[str]) -> Config:
     hints = get_type_hints(Config)
     for section in SECTIONS:
         parser.add_class_arguments(hints[section], section, fail_untyped=True)
+    printing = "--print_config" in arguments
+    arguments = [argument for argument in arguments if argument != "--print_config"]
     arguments = [re.sub(r"^--init\.from(?=$|=)", "--init.from_", argument) for argument in arguments]
     arguments = [
         part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])
@@ -331,7 +339,11 @@ def parse(arguments: Sequence[str]) -> Config:
         values = parser.instantiate(parser.parse_args(arguments))
     except jsonargparse.ArgumentError as error:
         raise UserError(f"{' '.join([*files, ''])}{' '.join(str(error).split()).replace('from_', 'from')}") from None
-    return Config(**{section: values[section] for section in SECTIONS})
+    config = Config(**{section: values[section] for section in SECTIONS})
+    if printing:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:

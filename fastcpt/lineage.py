@@ -26,6 +26,8 @@ from fastcpt.shards import ShardSet, tokenizer_fingerprint
 # What may differ when a run goes on: where and how it runs and reports, not what it computes. Sets are compared by
 # their content, not by their paths.
 FREE = ("run.", "data.reader", "train.micro_batch", "train.parallel", "train.compile")
+# Forgetting compares with the start, which was measured on this many tokens.
+NOT_FREE = ("run.eval_tokens",)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def check_resume(config: Config, state: dict[str, Any], data: dict[str, Any]) ->
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and not key.startswith(FREE)
+        and (key in NOT_FREE or not key.startswith(FREE))
         and not (key.startswith("data.") and key.endswith(".path"))
     ]
     if changed:

@@ -1,6 +1,7 @@
 """What a run reports: FLOPs, MFU, memory, and where the numbers go. The arithmetic is pure functions with tests."""
 
 import json
+import math
 import os
 import resource
 import time
@@ -80,7 +81,11 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
     def log(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        # A skipped step's gradient norm is not finite, which JSON cannot say.
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

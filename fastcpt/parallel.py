@@ -61,10 +61,13 @@ def start(parallel: str) -> World:
                               (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
     gpus = torch.cuda.device_count()
     if size == 1 and gpus > 1 and parallel != "single":
-        command = f"torchrun --nproc_per_node={gpus} -m fastcpt.train {shlex.join(sys.argv[1:])}"
+        arguments = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]  # `fastcpt train ...`
+        command = f"torchrun --nproc_per_node={gpus} -m fastcpt.train {shlex.join(arguments)}"
         raise UserError(
             f"{gpus} GPUs are visible but there is one process; run `{command}`, or set train.parallel: single"
         )
+    if size == 1 and parallel == "ddp":
+        raise UserError("train.parallel is ddp, but there is one process; start it with torchrun, or use auto")
     if size > 1 and parallel == "single":
         raise UserError(f"train.parallel is single, but torchrun started {size} processes; use ddp or auto")
     if gpus and local_rank >= gpus:

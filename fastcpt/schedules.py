@@ -35,7 +35,7 @@ class Plan:
             return self.peak * done / self.warmup if self.warmup else self.peak
         if self.kind == "constant":
             return self.peak
-        progress = min(1.0, (done - self.warmup) / (self.steps - self.warmup))
+        progress = min(1.0, (done - self.warmup) / max(1, self.steps - self.warmup))
         return self.peak * (self.min_lr_ratio + (1 - self.min_lr_ratio) / 2 * (1 + math.cos(math.pi * progress)))
 
     def to_dict(self) -> dict[str, Any]:

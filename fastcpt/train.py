@@ -258,6 +258,8 @@ def train(config: Config) -> State:
                 raise Diverged(
                     f"step {state.step}: gradients were not finite {in_a_row} steps in a row; lower optim.lr"
                 )
+            if world.device.type == "cpu":  # others may have had the cores when it was first measured
+                peak = max(peak, metrics.peak_flops(world.device, state.model.compute_dtype) * world.size)
             clock, clock_step = time.perf_counter(), state.step
         pause = time.perf_counter()
         if state.validation and evaluation.is_due(state.step, state.last_step, run.eval_every, warmup_end):

@@ -116,6 +116,7 @@ def test_where_and_how_a_run_goes_on_is_free(run: Callable, sets: dict[str, Shar
         ({"optim": {"lr": 2e-3}}, ["optim.lr was 0.001, is 0.002"]),
         ({"optim": {"lr": 1e-3, "betas": [0.9, 0.99]}}, ["optim.betas.1 was 0.95, is 0.99"]),
         ({"train": {"seed": 1}}, ["train.seed was 0, is 1"]),
+        ({"run": {"eval_tokens": Count(99)}}, ["run.eval_tokens was 4194304, is 99"]),
         ({"train": {"tokens": Count(960)}}, ["train.tokens was 480, is 960"]),
         ({"train": {"batch_tokens": Count(48)}}, ["train.batch_tokens was 96, is 48"]),
         ({"train": {"precision": "bf16"}}, ["train.precision was 'fp32', is 'bf16'"]),

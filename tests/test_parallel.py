@@ -100,7 +100,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
 
 def test_a_launch_decides_rank_and_device(launch: Callable) -> None:
     cpu = torch.device("cpu")
-    for setting in ("auto", "single", "ddp"):
+    for setting in ("auto", "single"):
         assert launch(setting) == World(0, 1, cpu)
         assert launch(setting, gpus=1) == World(0, 1, torch.device("cuda", 0))
     assert launch("single", gpus=8) == World(0, 1, torch.device("cuda", 0))
@@ -109,15 +109,21 @@ def test_a_launch_decides_rank_and_device(launch: Callable) -> None:
 
 
 @pytest.mark.parametrize("setting", ["auto", "ddp"])
+@pytest.mark.parametrize("program", [["train.py"], ["fastcpt", "train"]])
 def test_gpus_that_would_stand_idle_are_refused_with_the_command(
-    launch: Callable, monkeypatch: pytest.MonkeyPatch, setting: str
+    launch: Callable, monkeypatch: pytest.MonkeyPatch, setting: str, program: list[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["train.py", "--config", "my run.yaml", "--optim.lr", "1e-3"])
+    monkeypatch.setattr("sys.argv", [*program, "--config", "my run.yaml", "--optim.lr", "1e-3"])
     command = "torchrun --nproc_per_node=4 -m fastcpt.train --config 'my run.yaml' --optim.lr 1e-3"
     with pytest.raises(UserError) as raised:
         launch(setting, gpus=4)
     assert "4 GPUs are visible but there is one process" in str(raised.value)
     assert f"`{command}`" in str(raised.value) and "train.parallel: single" in str(raised.value)
+
+
+def test_ddp_with_one_process_is_refused(launch: Callable) -> None:
+    with pytest.raises(UserError, match=r"train\.parallel is ddp, but there is one process; start it with torchrun"):
+        launch("ddp")
 
 
 def test_single_under_torchrun_is_refused(launch: Callable) -> None:
