@@ -41,7 +41,7 @@ class Size:
     characters: int  # of each kind of text, at most
 
 
-FULL = Size(1_900_000, 600_000, 4_096, 4, 96, 128, 32_768, True, 20_000_000)
+FULL = Size(1_600_000, 500_000, 4_096, 4, 96, 128, 32_768, True, 20_000_000)
 QUICK = Size(120_000, 60_000, 2_048, 2, 64, 128, 8_192, False, 600_000)
 
 
