@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 
 # One thread a test process: tiny models lose more to waiting for each other than they gain.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal --durations 10
 
 # mypy reads an installed copy: no static tool sees that kernels/ is imported as fastcpt.kernels.
 check: $(INSTALLED)

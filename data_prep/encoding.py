@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
-from fastcpt.data_prep.readers import first_line
 
 from fastcpt import UserError
+from fastcpt.data_prep.readers import first_line
 from fastcpt.shards import dtype_for, tokenizer_fingerprint
 
 Backend = Literal["gigatoken", "tokenizers"]

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fastcpt.data_prep.progress import Meter
 
+from fastcpt.data_prep.progress import Meter
 from fastcpt.integrity import DamagedError
 from fastcpt.shards import ShardSet, read_index
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from fastcpt import UserError
 from fastcpt.data_prep.encoding import Vocabulary, token_bytes
 from fastcpt.data_prep.inputs import Input
 from fastcpt.data_prep.tasks import EXAMPLES, Job
-
-from fastcpt import UserError
 from fastcpt.integrity import read_json, sync_directory, sync_file, write_durably, write_json
 from fastcpt.shards import PairWriter, write_manifest
 

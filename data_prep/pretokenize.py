@@ -19,14 +19,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from fastcpt import UserError
 from fastcpt.data_prep import encoding, merge
 from fastcpt.data_prep.encoding import Backend
 from fastcpt.data_prep.engines import run_local
 from fastcpt.data_prep.inputs import Input, Task, find_inputs, make_tasks
 from fastcpt.data_prep.progress import Meter
 from fastcpt.data_prep.tasks import MAX_SETS, Job, finished_record, run_task
-
-from fastcpt import UserError
 from fastcpt.integrity import read_json, sha256_json, write_durably, write_json
 from fastcpt.shards import read_manifest
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
-from fastcpt.data_prep.inputs import Piece
 
 from fastcpt import UserError
+from fastcpt.data_prep.inputs import Piece
 
 # The longest line, text file or parquet value. Far above any text worth training on, and small enough to hold.
 MAX_DOCUMENT_BYTES = 1 << 30

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
+
+from fastcpt import UserError
 from fastcpt.data_prep.encoding import Backend, Encoder, Tools, Vocabulary, make_tools
 from fastcpt.data_prep.inputs import Piece, Task
 from fastcpt.data_prep.readers import Document, PieceReader, Reject, lines_before
-
-from fastcpt import UserError
 from fastcpt.integrity import block_hash, read_json, sync_file, write_json
 
 BATCH_BYTES = 4 << 20

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from fastcpt.data_prep.inspect_shards import inspect, verify
-from fastcpt.data_prep.pretokenize import prep
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fastcpt import UserError, integrity
+from fastcpt.data_prep.inspect_shards import inspect, verify
+from fastcpt.data_prep.pretokenize import prep
 from fastcpt.shards import BLOCK_BYTES, MANIFEST, index_bytes
 
 TEXTS = ["first document", "the second, é 日本\nof two lines", "third"]

@@ -137,7 +137,7 @@ def test_a_resume_under_another_configuration_is_refused_with_the_difference(
         resume(run(**sections), state, sets)
         return
     with pytest.raises(UserError) as raised:
-        resume(run(**sections, run={"log_every": 3}), state, sets)
+        resume(run(**sections | {"run": {"log_every": 3} | sections.get("run", {})}), state, sets)
     assert f"run: this run is at step 3 with another configuration ({'; '.join(changed)}); put it back" in str(
         raised.value
     )

@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import zstandard
-from fastcpt.data_prep import encoding, engines, inputs, merge, pretokenize, tasks
-from fastcpt.data_prep.pretokenize import prep
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fastcpt import UserError
+from fastcpt.data_prep import encoding, engines, inputs, merge, pretokenize, tasks
+from fastcpt.data_prep.pretokenize import prep
 from fastcpt.shards import ShardSet
 
 SPECIAL = ["<|endoftext|>", "<|padding|>"]

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+
+from fastcpt import UserError
 from fastcpt.data_prep import inputs, readers
 from fastcpt.data_prep.inputs import find_inputs, make_tasks
 from fastcpt.data_prep.readers import Document, PieceReader, Reject, split_lines
-
-from fastcpt import UserError
 
 
 def read(path: Path, group_key: str | None = None) -> tuple[list[Document], list[Reject]]:

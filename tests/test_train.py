@@ -16,6 +16,7 @@ from fastcpt.config import Config, Count, Source, ValidationSet
 from fastcpt.data import Mixture, batches
 from fastcpt.metrics import TIMING_FIELDS
 from fastcpt.model import Architecture
+from fastcpt.state import named_tensors
 
 SEQ_LEN, BATCH = 16, 6
 
@@ -59,7 +60,7 @@ def lines(config: Config) -> list[dict[str, Any]]:
 
 
 def weights(state: train.State) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in train.named_tensors(state).items()}
+    return {name: tensor.clone() for name, tensor in named_tensors(state).items()}
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -165,6 +166,42 @@ def test_samples_come_in_one_order_whatever_the_cuts(make_config: Any, monkeypat
         except KeyboardInterrupt:
             continue
     assert seen == whole
+
+
+# Runs a pickled configuration as one of two ranks, writes the rows that each step saw, and stops at a given step.
+RECORDING_RANK = """
+import os, pickle, sys
+from fastcpt import train
+config, stop, rank = pickle.load(open(sys.argv[1], "rb")), int(sys.argv[2]), os.environ["RANK"]
+real = train.train_step
+def recording(state, batch):
+    if state.step == stop:
+        raise KeyboardInterrupt
+    with open(f"rows-{state.step}-{rank}", "wb") as file:
+        file.write(batch.tobytes())
+    return real(state, batch)
+train.train_step = recording
+try:
+    train.train(config)
+except KeyboardInterrupt:
+    pass
+"""
+
+
+def test_two_processes_and_three_resumes_see_the_order_of_one(tmp_path: Path, make_config: Any, run_ranks: Any) -> None:
+    state = train.setup(make_config("one", train=steps(8)))
+    whole = [windows.tobytes() for windows in batches(state.mixture, 0, 8, BATCH, 0, 1)]
+    seen: list[int] = []
+    for stop, micro_batch in ((2, 1), (4, 2), (6, 3), (99, 6)):
+        config = make_config("two", train=steps(8) | {"micro_batch": micro_batch})
+        (tmp_path / "config").write_bytes(pickle.dumps(config))
+        (tmp_path / "store").unlink(missing_ok=True)
+        run_ranks(RECORDING_RANK, 2, tmp_path / "config", stop)
+        new = sorted({int(path.name.split("-")[1]) for path in tmp_path.glob("rows-*")} - set(seen))
+        seen += new
+    assert seen == list(range(8))
+    for step, expected in enumerate(whole):
+        assert b"".join((tmp_path / f"rows-{step}-{rank}").read_bytes() for rank in (0, 1)) == expected
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,12 +357,14 @@ def test_two_runs_in_one_folder_are_refused(make_config: Any) -> None:
 
 
 def test_bf16_activations_leave_fp32_parameters(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = [line["loss"] for line in lines_of(make_config("fp32"))]
+    monkeypatch.setattr("fastcpt.metrics.measured_matmul_rate", lambda *arguments, **options: 1e12)  # slow without them
+    few = {"data": {"val": []}, "schedule": {"warmup": 0.0}}
+    exact = [line["loss"] for line in lines_of(make_config("fp32", train=steps(2), **few))]
     monkeypatch.setattr("fastcpt.parallel.has_bf16", lambda device: True)
-    config = make_config("bf16", train={"precision": "bf16"})
+    config = make_config("bf16", train=steps(2) | {"precision": "bf16"}, **few)
     state = train.train(config)
     assert state.model.compute_dtype == torch.bfloat16
-    assert {tensor.dtype for tensor in train.named_tensors(state).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in named_tensors(state).values()} == {torch.float32}
     losses = [line["loss"] for line in lines(config) if "loss" in line]
     assert losses != exact
     assert losses == pytest.approx(exact, rel=0.01)  # bf16 keeps 8 bits: 0.4% a value, averaged over many
@@ -353,6 +392,15 @@ def test_compiled_steps_equal_eager_ones_and_compile_once(make_config: Any) -> N
     # Two shapes in training (micro-batches of 4 and 2) and one in evaluation; a fourth would be a recompilation.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_two_processes_compile_block_by_block(tmp_path: Path, make_config: Any, run_ranks: Any) -> None:
+    eager = lines_of(make_config("eager", train={"micro_batch": 3}))
+    compiled = make_config("compiled", train={"micro_batch": 3, "compile": True})
+    (tmp_path / "config").write_bytes(pickle.dumps(compiled))
+    run_ranks(RECORDING_RANK, 2, tmp_path / "config", 99)
+    losses = [line["loss"] for line in lines(compiled) if "loss" in line]
+    assert losses == pytest.approx([line["loss"] for line in eager], rel=1e-5)
 
 
 def test_an_export_evaluates_like_the_run(tmp_path: Path, make_config: Any) -> None:
