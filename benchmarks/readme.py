@@ -1,0 +1,80 @@
+"""Writes the generated parts of README.md and README.zh.md, so that no number in them is typed.
+
+    python -m fastcpt.benchmarks.readme                  from what is committed
+    python -m fastcpt.benchmarks.readme --demo demo      and first take over the result of a demo's folder
+
+A part stands between `<!-- NAME -->` and `<!-- /NAME -->`. Run it in the root of a checkout.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from fastcpt.config import fields
+from fastcpt.metrics import console_line
+
+RESULT = Path("benchmarks/results/demo.json")
+FIGURE = Path("benchmarks/results/demo.png")
+
+
+def take_over(demo: Path) -> None:
+    """Copies what the READMEs show of a demo: each run's last evaluation, two log lines, and a figure of its report."""
+    runs = {}
+    for name in ("pretrain", "continue", "replay"):
+        lines = [json.loads(line) for line in (demo / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        training = [line for line in lines if "eval" not in line]
+        runs[name] = {"training": training[-1], "evaluation": [line for line in lines if "eval" in line][-1]}
+    RESULT.write_text(json.dumps(runs, indent=1) + "\n")
+    shutil.copy(demo / "report-figures" / "validation.png", FIGURE)
+
+
+def demo_table() -> str:
+    runs = json.loads(RESULT.read_text())
+    titles = {"pretrain": "pre-trained on English", "continue": "+ code, no replay", "replay": "+ code, 25% replay"}
+    rows = ["| | English loss | code loss | forgetting | adaptation |", "|---|---|---|---|---|"]
+    for name, title in titles.items():
+        line = runs[name]["evaluation"]
+        english, code = line["eval"]["english"]["loss"], line["eval"]["code"]["loss"]
+        changes = ["", ""] if name == "pretrain" else [f"{line[key]:+.3f}" for key in ("forgetting", "adaptation")]
+        rows.append(f"| {' | '.join([title, f'{english:.3f}', f'{code:.3f}', *changes])} |")
+    return "\n".join(rows)
+
+
+def log_lines() -> str:
+    """The last training line and evaluation line of the demo's run with replay, as the console shows them."""
+    run = json.loads(RESULT.read_text())["replay"]
+    total = run["training"]["step"]
+    return "\n".join(f"    {console_line(run[kind], total)}" for kind in ("training", "evaluation"))
+
+
+def config_table() -> str:
+    rows = ["| setting | |", "|---|---|"]
+    return "\n".join([*rows, *(f"| `{name}` | {text} |" for name, text in fields())])
+
+
+PARTS: dict[str, Callable[[], str]] = {"demo": demo_table, "log": log_lines, "config": config_table}
+
+
+def update(text: str) -> str:
+    """The document with its generated parts made anew."""
+    for name, make in PARTS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the generated parts of the READMEs.")
+    parser.add_argument("--demo", type=Path, help="a folder that `fastcpt demo` made")
+    arguments = parser.parse_args()
+    if arguments.demo:
+        take_over(arguments.demo)
+    for path in (Path("README.md"), Path("README.zh.md")):
+        path.write_text(update(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
