@@ -29,6 +29,18 @@ check: $(INSTALLED)
 	copy=$$(mktemp -d) && $(BIN)/pip install --quiet --no-deps --target $$copy . \
 	  && cp pyproject.toml $$copy/ && (cd $$copy && $(CURDIR)/$(BIN)/mypy -p fastcpt); status=$$?; rm -rf $$copy build; exit $$status
 
+# Both packages, checked, and the wheel tried in an environment that has nothing else.
+dist: $(INSTALLED)
+	rm -rf dist build
+	$(BIN)/pip install --quiet build twine
+	$(BIN)/pyproject-build --outdir dist . && $(BIN)/twine check --strict dist/*
+	smoke=$$(mktemp -d) && $(PYTHON) -m venv $$smoke/env \
+	  && $$smoke/env/bin/pip install --quiet --constraint constraints.txt torch numpy \
+	  && $$smoke/env/bin/pip install --quiet --constraint constraints.txt dist/*.whl \
+	  && cd $$smoke && env/bin/fastcpt --version && env/bin/fastcpt demo --quick --output demo \
+	  && env/bin/fastcpt verify demo/runs/replay && env/bin/fastcpt export demo/runs/replay --output model; \
+	  status=$$?; rm -rf $$smoke $(CURDIR)/build; exit $$status
+
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -36,4 +48,4 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo
 
-.PHONY: all demo test check format clean
+.PHONY: all demo test check dist format clean
