@@ -318,11 +318,13 @@ def save_pretrained(
     tokenizer: Path | None = None,
     eod: str = "<|endoftext|>",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    files: dict[str, bytes] | None = None,
 ) -> None:
     """Writes `config.json`, fp32 safetensors and, if given, the tokenizer, for `transformers` and `load_pretrained`.
 
     The folder appears whole or not at all. tokenizer: a `tokenizer.json`, copied byte for byte; eod: its
-    end-of-document token. Raises UserError when `path` exists and is not an empty folder.
+    end-of-document token; files: {name: content} that go beside, such as a README.md. Raises UserError when `path`
+    exists and is not an empty folder.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -347,6 +349,8 @@ def save_pretrained(
                 **dict.fromkeys(("bos_token", "eos_token", "unk_token"), eod),
             }
             write_json(temporary / "tokenizer_config.json", settings)
+        for name, content in (files or {}).items():
+            (temporary / name).write_bytes(content)
         for file in temporary.iterdir():
             file.chmod((temporary / "config.json").stat().st_mode)  # safetensors makes files for their owner alone
             sync_file(file)
