@@ -82,7 +82,8 @@ def upload(folder: Path, hub_id: str) -> str:
         raise refused(f"the hub answered {status}, {error.server_message or 'without a reason'}; mend that") from error
     except Exception as error:  # the classes for a dead network differ between versions
         reason = str(error).partition("\n")[0]
-        raise refused(f"{api.endpoint} was not reached ({type(error).__name__}: {reason}); mend the network") from error
+        reason = f"no upload to {api.endpoint} ({type(error).__name__}: {reason}); mend the network or what it says"
+        raise refused(reason) from error
     return str(repository)
 
 
