@@ -1,5 +1,6 @@
 """What is in a shard set, as text; and whether every byte of it is what was written."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from fastcpt.data_prep.progress import Meter
 from fastcpt.integrity import DamagedError
 from fastcpt.shards import ShardSet, read_index
 
+WIDTH = 100
+BLOCKS = "▏▎▍▌▋▊▉█"  # an eighth of a character to a whole one
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 
@@ -32,16 +35,76 @@ def inspect(directory: str | Path, decode: int = 0) -> str:
         f"text         {size:,} bytes" + (f", {size / tokens:.3f} a token" if tokens else ""),
     ]
     if documents:
-        lengths = np.concatenate(list(shards.document_lengths()))
-        quantiles = np.quantile(lengths, QUANTILES, method="lower")
+        lengths, counts = count_lengths(shards)
+        last = np.cumsum(counts)
+        # The value at rank (n - 1) share of the sorted lengths, rounded down: numpy's method "lower".
+        ranks = [int((documents - 1) * share) for share in QUANTILES]
+        quantiles = lengths[np.searchsorted(last, ranks, side="right")]
         lines.append("tokens/document")
         lines += [f"  {f'{share:.0%}':<10} {int(length):,}" for share, length in zip(QUANTILES, quantiles)]
         lines.append(f"  {'mean':<10} {tokens / documents:,.1f}")
+        lines += histogram(lengths, counts, _can_print(BLOCKS))
     lines.append(f"pairs        {len(shards.pairs)}")
     lines += [f"  {pair['name']}  {pair['tokens']:,} tokens, {pair['documents']:,} documents" for pair in shards.pairs]
     if "ledger.parquet" in manifest["files"]:
         lines += _rejects(shards.path / "ledger.parquet")
     return "\n".join([*lines, *(_decoded(shards, decode) if decode > 0 else [])])
+
+
+def count_lengths(shards: ShardSet) -> tuple[np.ndarray, np.ndarray]:
+    """(the lengths that documents have, ascending; how many documents have each), both (K,) int64.
+
+    Exact, and small for any set: K different lengths need at least K (K + 1) / 2 tokens, so K is at most 707,107 for
+    250B tokens. One pair's lengths are in memory at a time.
+    """
+    lengths = counts = np.empty(0, np.int64)
+    for part in shards.document_lengths():
+        found, number = np.unique(part, return_counts=True)
+        lengths, place = np.unique(np.concatenate((lengths, found.astype(np.int64))), return_inverse=True)
+        both = np.concatenate((counts, number.astype(np.int64)))
+        counts = np.zeros(len(lengths), np.int64)
+        np.add.at(counts, place, both)
+    return lengths, counts
+
+
+def histogram(lengths: np.ndarray, counts: np.ndarray, blocks: bool) -> list[str]:
+    """Lines of at most 100 columns: documents by powers of two of their length. What `count_lengths` gives; blocks: draw
+    with eighths of characters, else in ASCII."""
+    power = np.frexp(lengths)[1]  # 1 for a length of 1, 2 for 2 and 3, 3 for 4 to 7; 0 for 0
+    rows = []
+    for exponent in range(int(power.min()), int(power.max()) + 1):
+        inside = power == exponent
+        low, high = (1 << exponent) >> 1, (1 << exponent) - 1
+        documents = int(counts[inside].sum())
+        rows.append(
+            (f"{low:,}" if low >= high else f"{low:,} to {high:,}", documents, int(lengths[inside] @ counts[inside]))
+        )
+    total, tokens = sum(row[1] for row in rows), max(1, sum(row[2] for row in rows))
+    labels = max(len("tokens"), *(len(row[0]) for row in rows))
+    numbers = max(len("documents"), *(len(f"{row[1]:,}") for row in rows))
+    largest, width = max(row[1] for row in rows), min(40, WIDTH - labels - numbers - 26)
+    lines = [f"  {'tokens':>{labels}}  {'documents':>{numbers}}  {'share':>6}  {'of tokens':>9}"]
+    for label, documents, size in rows:
+        shares = f"{documents / total:>6.1%}  {size / tokens:>9.1%}"
+        line = f"  {label:>{labels}}  {documents:>{numbers},}  {shares}  {_bar(documents / largest, width, blocks)}"
+        lines.append(line.rstrip())
+    return lines
+
+
+def _bar(share: float, width: int, blocks: bool) -> str:
+    """A bar of `share` of the width; anything above nothing is seen."""
+    if not blocks:
+        return "#" * (max(1, round(share * width)) if share else 0)
+    eighths = max(1, round(share * width * 8)) if share else 0
+    return BLOCKS[-1] * (eighths // 8) + (BLOCKS[eighths % 8 - 1] if eighths % 8 else "")
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rejects(path: Path) -> list[str]:

@@ -5,8 +5,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from fastcpt.progress import Bar, short_time
 
 LINE_SECONDS = 30
 
@@ -19,25 +18,16 @@ class Meter:
         self.bytes = self.tokens = 0
         self.started = self._spoke = time.monotonic()
         self._lines = not quiet and not sys.stderr.isatty()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            DownloadColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=quiet or self._lines)
-        self._task = self._bar.add_task(what, total=total_bytes, speed="")
+        self._bar = Bar(what, total_bytes, stream=sys.stderr, stays=True, quiet=quiet)
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._bar.__exit__(kind, error, trace)
 
     @property
     def speed(self) -> str:
@@ -49,15 +39,16 @@ class Meter:
     def skip(self, size: int) -> None:
         """Work that an earlier run did."""
         self.total_bytes -= size
-        self._bar.update(self._task, total=self.total_bytes)
+        self._bar.total = self.total_bytes
 
     def add(self, size: int, tokens: int = 0) -> None:
         self.bytes += size
         self.tokens += tokens
-        self._bar.update(self._task, completed=self.bytes, speed=self.speed)
         now = time.monotonic()
+        share = self.bytes / self.total_bytes if self.total_bytes else 1.0
+        left = (now - self.started) * (1 - share) / share if share else 0.0
+        sizes = f"{self.bytes / 1e6:,.1f}/{self.total_bytes / 1e6:,.1f} MB"
+        self._bar.update(self.bytes, f"{sizes}  {self.speed}  {short_time(left)} left")
         if self._lines and now - self._spoke > LINE_SECONDS and self.bytes < self.total_bytes:
             self._spoke = now
-            share = self.bytes / self.total_bytes
-            left = (now - self.started) * (1 - share) / share
             print(f"{self.what}: {share:.0%}, {self.speed}, about {left:,.0f} s left", file=sys.stderr, flush=True)

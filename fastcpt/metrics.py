@@ -6,13 +6,17 @@ import os
 import resource
 import time
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from fastcpt.config import Run
 from fastcpt.model import Architecture
+from fastcpt.progress import Bar, short_count, short_time
+
+Batch = TypeVar("Batch")
 
 # Dense bf16 peaks, FLOP/s, from NVIDIA's data sheets; the first name that the device's name contains counts.
 BF16_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -134,7 +138,17 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; the same W&B run goes on after a restart."""
+    """Weights & Biases under the same names; the same W&B run goes on after a restart.
+
+    A run that goes on from a checkpoint logs again what it had logged after it, and W&B drops steps that go backwards.
+    Its means to take them back, `resume_from` (rewind), is a private preview that only some servers have; steps of our
+    own (`define_metric`) would draw them twice. So W&B keeps the lines that it has, which the resumed run computes again
+    as they were, and is sent those that it lacks. It lacks what a kill kept it from sending, too: W&B writes and sends
+    every 15 s, a checkpoint may be younger. Such lines are read from `metrics.jsonl`, which is made durable first.
+
+    Offline, W&B starts a folder for each start and knows nothing of the earlier ones, so the newest holds all lines
+    of the run: `wandb sync RUN/wandb/latest-run` is enough.
+    """
 
     def __init__(self, project: str, directory: Path, config: dict[str, Any], step: int | None) -> None:
         import wandb
@@ -143,9 +157,13 @@ class WandB:
         if step is None or not remembered.exists():
             remembered.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(project=project, id=remembered.read_text(), resume="allow", dir=directory, config=config)
+        lines = directory / "metrics.jsonl"  # cut back to `step` already: `open_loggers` opens it first
+        for line in lines.read_bytes().splitlines() if step is not None and lines.exists() else ():
+            self.log(json.loads(line))
 
     def log(self, line: dict[str, Any]) -> None:
-        self._run.log(scalars(line) | {"tokens": line["tokens"]}, step=line["step"])
+        if line["step"] >= self._run.starting_step:  # the first that the server does not have
+            self._run.log(scalars(line) | {"tokens": line["tokens"]}, step=line["step"])
 
     def sync(self) -> None: ...
 
@@ -189,16 +207,53 @@ def console_line(line: dict[str, Any], total_steps: int) -> str:
     )
 
 
-def short_count(value: float) -> str:
-    """Three digits and a unit; what rounds up to 1000 of a unit is 1 of the next."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size * 0.9995:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
+class Console:
+    """The run as a person sees it: each line as text and, on a terminal, a bar below them (`progress.py`).
 
+    last_step, batch_tokens: of the run. shown: false on all processes but the first, where it says nothing.
+    """
 
-def short_time(seconds: float) -> str:
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    if hours >= 48:
-        return f"{hours // 24}d{hours % 24:02}h"
-    return f"{hours}h{minutes % 60:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"
+    def __init__(self, last_step: int, batch_tokens: int, shown: bool = True) -> None:
+        self._last_step, self._batch_tokens, self._shown = last_step, batch_tokens, shown
+        self._bar = Bar("train", last_step, quiet=not shown)
+        self._line: dict[str, Any] | None = None
+
+    def log(self, line: dict[str, Any]) -> None:
+        """A training or evaluation line."""
+        if not self._shown:
+            return
+        if "loss" in line:
+            self._line = line
+        self._bar.print(console_line(line, self._last_step))
+
+    def follow(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
+        """Hands the batches on, the first being that of the step after `step`, and moves the bar with each.
+
+        The bar goes away when the batches end, and also when the loop over them is left by an exception: that ends
+        this generator, in the loop's own frame, before anybody can print a message.
+        """
+        with self._bar:
+            self._update(step)
+            for done, batch in enumerate(batches, step + 1):
+                yield batch
+                self._update(done)
+
+    def busy(self, step: int, what: str) -> None:
+        """Says what keeps the run from its next step."""
+        self._update(step, what)
+
+    def _update(self, step: int, what: str = "") -> None:
+        self._bar.update(step, self._text(step) + (f"  {what}" if what else ""), now=bool(what))
+
+    def _text(self, step: int) -> str:
+        """Of this step, and the loss and the rate of the last line: nothing here waits for the device."""
+        text = f"{step:,}/{self._last_step:,}"
+        if self._line is None:
+            return text
+        rate = self._line["tokens_per_second"]
+        left = (self._last_step - step) * self._batch_tokens / rate
+        tokens = self._line["tokens"] + (step - self._line["step"]) * self._batch_tokens
+        return (
+            f"{text}  {short_time(left)} left  loss {self._line['loss']:.4f}"
+            f"  {short_count(tokens)} tokens  {short_count(rate)} tokens/s"
+        )

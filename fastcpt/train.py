@@ -221,11 +221,12 @@ def train(config: Config) -> State:
         (folder / "config.yaml").write_text(to_yaml(config))
         print(describe(state), flush=True)
 
+    console = metrics.Console(state.last_step, config.train.batch_tokens, shown=first)
+
     def report(line: dict[str, Any]) -> None:
-        if first:
-            for logger in loggers:
-                logger.log(line)
-            print(metrics.console_line(line, state.last_step), flush=True)
+        for logger in loggers:
+            logger.log(line)
+        console.log(line)
 
     warmup_end = state.plan.first + state.plan.warmup
     peak = metrics.peak_flops(world.device, state.model.compute_dtype) * world.size
@@ -235,7 +236,8 @@ def train(config: Config) -> State:
     batch = config.train.batch_tokens // config.data.seq_len
     steps = state.last_step - state.step
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
-    for windows in batches(state.mixture, state.samples, steps, batch, world.rank, world.size):
+    ahead = batches(state.mixture, state.samples, steps, batch, world.rank, world.size)
+    for windows in console.follow(ahead, state.step):
         result = train_step(state, windows)
         last = state.step == state.last_step
         if gc.get_freeze_count() == 0:
@@ -263,8 +265,10 @@ def train(config: Config) -> State:
             clock, clock_step = time.perf_counter(), state.step
         pause = time.perf_counter()
         if state.validation and evaluation.is_due(state.step, state.last_step, run.eval_every, warmup_end):
+            console.busy(state.step, "evaluating")
             report(evaluate(state))
         if state.step % run.save_every == 0 or last:
+            console.busy(state.step, "saving")
             for logger in loggers:
                 logger.sync()
             save(state)

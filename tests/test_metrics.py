@@ -221,14 +221,13 @@ def test_tensorboard_of_a_new_run_forgets_an_earlier_one(tmp_path: Path) -> None
 
 
 class FakeWandB(SimpleNamespace):
-    """Records what is asked of wandb.
+    """Records what is asked of wandb, and says what a server would: the first step that it does not have.
 
-    The real package talks to a server in a process of its own, and may not be installed; what matters here is that a
-    restart asks for the same run again, and that is in the calls.
+    `test_loggers.py` has the real package, which without a server has no earlier steps.
     """
 
-    def __init__(self) -> None:
-        super().__init__(calls=[], logged=[], finished=0)
+    def __init__(self, starting_step: int = 0) -> None:
+        super().__init__(calls=[], logged=[], finished=0, starting_step=starting_step)
 
     def init(self, **options: Any) -> "FakeWandB":
         self.calls.append(options)
@@ -265,6 +264,34 @@ def test_a_run_that_lost_its_wandb_id_gets_a_new_one(tmp_path: Path, monkeypatch
     WandB("project", tmp_path, {}, step=20)
     WandB("project", tmp_path, {}, step=30)
     assert fake.calls[0]["id"] == fake.calls[1]["id"] != ""
+
+
+@pytest.mark.parametrize(
+    ("known", "sent"),
+    [
+        (0, [1, 2, 3, 4, 5, 6, 7]),  # offline, or a server that has nothing yet
+        (2, [2, 3, 4, 5, 6, 7]),  # a kill kept W&B from sending steps 2 and 3, which the checkpoint has
+        (4, [4, 5, 6, 7]),
+        (6, [6, 7]),  # steps 4 and 5 were sent, and come again after the checkpoint of step 3
+        (8, []),
+    ],
+)
+def test_wandb_is_sent_what_it_lacks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: int, sent: list[int]
+) -> None:
+    """A run killed in step 5 and resumed from step 3, for every state that W&B's server can be in."""
+    fake = FakeWandB(starting_step=known)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "tokens": 10 * step, "loss": step / 2}) + "\n" for step in range(1, 6))
+    )
+    (tmp_path / "wandb-id").write_text("abcdefgh")
+    jsonl, wandb = open_loggers(Run(output=str(tmp_path), tensorboard=False, wandb="project"), {}, step=3)
+    for step in range(4, 8):
+        for logger in (jsonl, wandb):
+            logger.log({"step": step, "tokens": 10 * step, "loss": step / 2})
+    assert fake.calls[0]["id"] == "abcdefgh"
+    assert fake.logged == [(step, {"loss": step / 2, "tokens": 10 * step}) for step in sent]
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])
