@@ -1,0 +1,399 @@
+"""What a run will cost, before it starts: work, data, memory, disk, evaluation, the learning rate, and advice.
+
+    fastcpt plan --config FILE [--processes N] [--section.field VALUE ...]
+
+Formulas alone: no weight is read, no model is built, nothing is written. What `train` would refuse is refused here, by
+the same functions. The arithmetic is pure functions, tested on their values; `render` makes the text.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics
+from fastcpt.config import Config, parse
+from fastcpt.data import Mixture
+from fastcpt.evaluation import NamedSet
+from fastcpt.metrics import short_count
+from fastcpt.model import Architecture
+from fastcpt.parallel import World
+from fastcpt.schedules import Plan
+from fastcpt.shards import ShardSet
+
+WIDTH = 100  # columns of the output
+BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .#"  # the fillings of a cell of the curve, from empty to full
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that could start: what `train.setup` derives from a configuration before it builds a model.
+
+    step, samples: done before the run starts or goes on. share: sequences a step of the process that takes the most.
+    """
+
+    config: Config
+    processes: int
+    origin: lineage.Origin
+    plan: Plan
+    mixture: Mixture
+    validation: list[NamedSet]
+    step: int
+    samples: int
+    share: int
+
+    @property
+    def last_step(self) -> int:
+        return self.plan.first + self.plan.steps
+
+    @property
+    def tokens(self) -> int:
+        """Still to be trained on."""
+        return (self.last_step - self.step) * self.config.train.batch_tokens
+
+    @property
+    def fresh_moments(self) -> bool:
+        return not self.origin.keeps_position and self.config.init.optimizer == "reset"
+
+
+def prepare(config: Config, processes: int) -> Prepared:
+    """The steps of `train.setup` up to the model, in its order. Raises the UserError that it would raise."""
+    data, train = config.data, config.train
+    if processes == 1 and train.parallel == "ddp":
+        raise UserError("train.parallel is ddp, but there is one process; say --processes N, or use auto")
+    if processes > 1 and train.parallel == "single":
+        raise UserError(f"train.parallel is single, but there are {processes} processes; use ddp or auto")
+    batch = train.batch_tokens // data.seq_len
+    if batch < processes:
+        raise UserError(f"train.batch_tokens is {batch} sequences, fewer than {processes} processes; raise it")
+    sets = {source.name: ShardSet(source.path, data.reader) for source in data.train}
+    val_sets = {entry.name: ShardSet(entry.path, data.reader) for entry in data.val}
+    origin = lineage.find_origin(config, World(0, 1, torch.device("cpu")))
+    state = origin.state or {}
+    lineage.check_tokenizer(config, origin, [*sets.values(), *val_sets.values()])
+    evaluation.check_ids([*sets.values(), *val_sets.values()], origin.arch.vocab_size)
+    if origin.kind == "resume":
+        content = {"train": lineage.fingerprints(data.train, sets), "val": lineage.fingerprints(data.val, val_sets)}
+        lineage.check_resume(config, state, content)
+    plan = lineage.make_plan(config, origin)
+    lineage.check_rewarm(config, origin, plan, sets)
+    position: dict[str, Any] = state["data"] if origin.keeps_position else {"samples": 0, "seen": {}}
+    if origin.kind == "branch" and (position["seq_len"], position["seed"]) != (data.seq_len, train.seed):
+        raise UserError(
+            f"init.branch keeps the data position, so data.seq_len and train.seed must stay {position['seq_len']} and "
+            f"{position['seed']}; they are {data.seq_len} and {train.seed}"
+        )
+    mixture = Mixture(sets, lineage.make_phases(config, origin, sets, position["seen"]), data.seq_len, train.seed)
+    if origin.kind == "pretrained" and origin.path is not None:
+        hf.headers(origin.path)
+    fixed = data.seq_len, config.run.eval_tokens
+    validation = [NamedSet.open(entry.name, entry.role, val_sets[entry.name], *fixed) for entry in data.val]
+    step, share = state["step"] if origin.keeps_position else 0, -(-batch // processes)
+    return Prepared(config, processes, origin, plan, mixture, validation, step, position["samples"], share)
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a run takes from one source. tokens, windows: in the set; share: of the run's samples; epochs: passes over
+    the set until the run's end, those before its start included when it keeps the data position."""
+
+    name: str
+    tokens: int
+    windows: int
+    samples: int
+    share: float
+    epochs: float
+
+
+def uses(prepared: Prepared) -> list[Use]:
+    """Each source of the present mixture, from the quotas that training follows: exact."""
+    mixture, seq_len = prepared.mixture, prepared.config.data.seq_len
+    given = prepared.tokens // seq_len
+    before, after = mixture.seen(prepared.samples), mixture.seen(prepared.samples + given)
+    rows = []
+    for source in mixture.phases[-1].sources:
+        shards, end = mixture.sets[source.name], after[source.fingerprint]
+        samples, windows = end - before[source.fingerprint], shards.num_windows(seq_len)
+        rows.append(Use(source.name, len(shards), windows, samples, samples / max(1, given), end / windows))
+    return rows
+
+
+def saved_bytes(arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool) -> int:
+    """Bytes that autograd keeps of an eager forward pass of `model.py`: the log-softmax and the casts left out.
+
+    A layer keeps, a token, with D the width, M the MLP's, H heads, T tokens a sequence, e bytes of the compute dtype:
+      4 D x 2    inputs of both norms, fp32: copies in bf16; in fp32 the residual stream itself, once if parallel
+      4 x 4      mean and deviation of both
+      e D x 2    outputs of both norms, inputs of the next products
+      3 e D      the packed product, for its v; + 2 e D for q and k if they are rotated, else they are views of it
+      e D + 4 H  output of attention (the input of the next product) and its log-sum-exp
+      2 e M      input and output of GELU
+      e T        the document mask, made additive
+    Once: the last norm (4 D + 8 + e D a token), ids and targets (8 + 8 a token), cosines and sines (T, R) fp32.
+    """
+    size, width, tokens = 2 if bf16 else 4, arch.width, sequences * seq_len
+    norm_inputs = 1 if arch.parallel_residual and not bf16 else 2
+    products = 2 + 3 + (2 if arch.rotary_width else 0) + 1
+    layer = 4 * width * norm_inputs + 16 + size * width * products + 4 * arch.heads + 2 * size * arch.mlp_width
+    layer += size * seq_len if document_mask else 0
+    last = 4 * width + 8 + size * width + 16
+    return tokens * (arch.layers * layer + last) + 2 * 4 * seq_len * arch.rotary_width
+
+
+def memory(arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool) -> dict[str, int]:
+    """Bytes of one process by part, at the moment of a step that needs most; their sum is the total.
+
+    weights, gradients, moments: 4, 4 and 8 bytes a parameter, all fp32. Under DDP gradients are views into its
+    communication buckets, so those take no more.
+    casts: bf16 copies of the matrices but the input embedding, 2 bytes each, kept from forward to backward.
+    activations: what autograd keeps for the backward pass of `sequences` x `seq_len` tokens (`saved_bytes`).
+    logits: three fp32 tensors of (tokens, vocabulary), 12 V bytes a token: in the softmax's backward pass its output,
+    the gradient that comes in and the one that goes out are alive at once.
+
+    For eager execution, exact up to the allocator's rounding, workspaces and the CUDA context. An upper estimate for a
+    compiled model, which keeps less, and where a step is one micro-batch: then gradients and activations are not alive
+    together. Evaluation keeps no activations; nothing is computed twice to save memory.
+    """
+    parameters, tokens = metrics.parameter_count(arch), sequences * seq_len
+    matrices = arch.layers * (4 * arch.width**2 + 2 * arch.width * arch.mlp_width) + arch.vocab_size * arch.width
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "moments": 8 * parameters,
+        "casts": 2 * matrices if bf16 else 0,
+        "activations": saved_bytes(arch, sequences, seq_len, bf16, document_mask),
+        "logits": 12 * tokens * arch.vocab_size,
+    }
+
+
+def multiples(after: int, until: int, every: int) -> int:
+    """Multiples of `every` in (after, until]."""
+    return max(0, until // every - after // every)
+
+
+def evaluations(prepared: Prepared) -> tuple[int, int, float]:
+    """(how many evaluations are still to come, tokens of one, their compute as a share of training's).
+
+    Counts what the loop of `train` finds due (`evaluation.is_due`), without looping. A forward pass is a third of a
+    training step's FLOPs a token, and each set is padded to whole micro-batches.
+    """
+    step, last, config = prepared.step, prepared.last_step, prepared.config
+    every, micro = config.run.eval_every, config.train.micro_batch
+    times = int(step == prepared.plan.first)
+    if last > step:  # the last step is always due
+        warmup_end = min(prepared.plan.first + prepared.plan.warmup, last - 1)
+        dense = multiples(step, warmup_end, max(1, every // 4))
+        times += dense + multiples(max(step, warmup_end), last - 1, every) + 1
+    windows = [len(named.windows) for named in prepared.validation]
+    padded = sum(-(-count // micro) * micro for count in windows) * config.data.seq_len
+    share = times * padded / 3 / prepared.tokens if prepared.tokens else 0.0
+    return times if windows else 0, sum(windows) * config.data.seq_len, share
+
+
+@dataclass(frozen=True)
+class Disk:
+    """checkpoint, export: bytes of one. written: checkpoints still to be written. kept: the most that there are at once,
+    between the writing of a new one and the removal of the oldest. needed: bytes more than now; free: bytes."""
+
+    checkpoint: int
+    export: int
+    written: int
+    kept: int
+    needed: int
+    free: int
+
+
+def disk(prepared: Prepared) -> Disk:
+    """12 bytes a parameter (weights and two moments, fp32), 4 for an export; their tokenizer, names and hashes."""
+    run, arch, step, last = prepared.config.run, prepared.origin.arch, prepared.step, prepared.last_step
+    parameters, tensors = metrics.parameter_count(arch), 12 * arch.layers + 4
+    tokenizer = (next(iter(prepared.mixture.sets.values())).path / "tokenizer.json").stat().st_size
+    # Beside the tensors, as measured: 190 bytes of header for one, 22 of hash for 1 MiB, 12 KB of state.
+    saved = int(12 * parameters * (1 + 22 / 2**20)) + 3 * tensors * 190 + 12_000 + tokenizer
+    written = multiples(step, last - 1, run.save_every) + 1 if last > step else 0
+    there = len(checkpoint.steps(Path(run.output)))
+    more = min(written, max(1, run.keep + 1 - there))
+    free = shutil.disk_usage(next(path for path in (Path(run.output).resolve() / "x").parents if path.exists())).free
+    return Disk(saved, 4 * parameters + tokenizer + 120 * tensors, written, there + more, more * saved, free)
+
+
+def curve(plan: Plan, width: int = 60, height: int = 10, glyphs: str = BLOCKS) -> list[str]:
+    """Lines of `width` cells, the top first: bars from 0 to the plan's peak.
+
+    Column c stands for the step first + 1 + round(c (steps - 1) / (width - 1)). A bar's length, in parts of a cell
+    (`glyphs` has one for each), is rounded up: no rate above 0 is drawn as nothing.
+    """
+    parts, rows = len(glyphs) - 1, reversed(range(height))
+    unit = plan.peak / (height * parts) or 1.0  # a branch of a run that ended at 0 has nothing else
+    steps = [plan.first + 1 + round(column * (plan.steps - 1) / (width - 1)) for column in range(width)]
+    bars = [math.ceil(plan.rate(step) / unit - 1e-9) for step in steps]
+    return ["".join(glyphs[min(parts, max(0, bar - row * parts))] for bar in bars) for row in rows]
+
+
+def advice(prepared: Prepared) -> list[str]:
+    """What deserves a second look, with the paper that says so. Nothing of it is refused."""
+    config, plan, kind, space = prepared.config, prepared.plan, prepared.origin.kind, disk(prepared)
+    roles, micro, end = {named.role for named in prepared.validation}, config.train.micro_batch, prepared.last_step
+    lines = ["nothing is evaluated: data.val is empty"] if kind == "scratch" and not roles else []
+    if kind != "scratch":
+        for role, what in (("upstream", "forgetting"), ("downstream", "adaptation")):
+            if role not in roles:
+                lines.append(f"{what} is not measured: no set of data.val has role: {role} (arXiv 2403.08763)")
+        known, sets = lineage.history_of(prepared.origin)["seen"], prepared.mixture.sets
+        shifts = any(sets[source.name].fingerprint not in known for source in config.data.train)
+        if "upstream" in roles and shifts and not any(source.replay for source in config.data.train):
+            lines.append(_replay(config))
+    if prepared.fresh_moments and plan.warmup == 0:
+        lines.append("schedule.warmup is 0 and Adam starts afresh: expect a spike of the loss (arXiv 2308.04014)")
+    if plan.rate(end) > 0.2 * plan.peak:
+        decay = "a model for use wants a decay, here or in a branch (arXiv 2308.04014)"
+        lines.append(f"the rate ends at {plan.rate(end):.2e}, above a fifth of its peak: {decay}")
+    few, many = "up to about 4 epochs cost little", "beyond 4 epochs it is worth little; take more text or less weight"
+    for low, high, what in ((1, 4, few), (4, math.inf, many)):
+        repeated = ", ".join(f"{use.name} {use.epochs:.2f} times" for use in uses(prepared) if low < use.epochs <= high)
+        if repeated:
+            lines.append(f"repeated text: {repeated}; {what} (Muennighoff et al. 2023, arXiv 2305.16264)")
+    if (whole := plan.steps * config.train.batch_tokens) != config.train.tokens:
+        lines.append(f"train.tokens is not a whole number of steps: rounded up to {whole:,}")
+    if micro < prepared.share and 0 < (rest := prepared.share % micro) < micro / 2:
+        even = -(-prepared.share // -(-prepared.share // micro))
+        lines.append(f"a step's last micro-batch is {rest} sequences of up to {micro}; as many would do with {even}")
+    if (share := evaluations(prepared)[2]) > 0.1:
+        lines.append(f"evaluation adds {share:.0%} of compute; raise run.eval_every or lower run.eval_tokens")
+    if space.needed > space.free:
+        lines.append(f"checkpoints take {size(space.needed)} more, {size(space.free)} are free; lower run.keep or move")
+    return lines
+
+
+def _replay(config: Config) -> str:
+    """Advice to replay, with the entry of data.train that does it. Weights are relative to the sum of those there are."""
+    total = sum(source.weight for source in config.data.train)
+    name, path = next((entry.name, entry.path) for entry in config.data.val if entry.role == "upstream")
+    weak, strong = (f"{total * part / (1 - part):.3g}" for part in (0.05, 0.25))
+    return (
+        "no source replays upstream text: 5% of it is enough against a weak shift, 25% against a strong one "
+        f"(arXiv 2403.08763), a weight of {weak} or {strong}; in data.train:\n"
+        f"- {{name: {name}, path: {path.removesuffix('-val')}, weight: {weak}, replay: true}}"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit."""
+    power = max(0, int(count).bit_length() - 1) // 10
+    return f"{count / 1024**power:.2f} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"
+
+
+def _fold(label: str, text: str) -> str:
+    """`text` beside its label, folded to the width of the output."""
+    return textwrap.fill(text, WIDTH, initial_indent=f"{label:<15}", subsequent_indent=" " * 15, break_on_hyphens=False)
+
+
+def _work(prepared: Prepared) -> list[str]:
+    """Where the run starts, the model, its compute and its steps."""
+    config, origin, arch, tokens = prepared.config, prepared.origin, prepared.origin.arch, prepared.tokens
+    parameters, seq_len, micro = metrics.parameter_count(arch), config.data.seq_len, config.train.micro_batch
+    full, causal = (metrics.flops_per_token(arch, seq_len, halved) for halved in (False, True))
+    moments = "Adam starts afresh" if prepared.fresh_moments else "Adam's moments are kept"
+    at = f"step {origin.state['step']:,}" if origin.state else ""
+    start = {
+        "scratch": "scratch: new weights",
+        "pretrained": f"pretrained: {config.init.from_}, {moments}",
+        "continue": f"continue: weights of {origin.path} at {at}, {moments}; data and schedule from their start",
+        "branch": f"branch: {origin.path} goes on from {at} with its moments, data position and rate",
+        "resume": f"resume: {config.run.output} goes on from {at} of {prepared.last_step:,}",
+    }[origin.kind]
+    rows = {
+        "start": start + ("; complete, nothing is left to do" if tokens == 0 else ""),
+        "model": f"{arch.layers} layers, {arch.width:,} wide, {arch.heads} heads, {arch.vocab_size:,} ids",
+        "parameters": f"{parameters:,}; {parameters - 2 * arch.vocab_size * arch.width:,} without embeddings",
+        "compute": f"{full / 1e9:.3g} GFLOP a token with attention counted as full, {causal / 1e9:.3g} as causal; "
+        f"in all {full * tokens:.3g} or {causal * tokens:.3g} FLOPs",
+        "steps": f"{prepared.last_step - prepared.step:,} of {config.train.batch_tokens:,} tokens: {short_count(tokens)} "
+        f"tokens ({tokens:,}); {prepared.plan.warmup:,} steps of warm-up",
+        "processes": f"{prepared.processes}, a step each {-(-prepared.share // micro)} micro-batches of up to "
+        f"{min(micro, prepared.share)} x {seq_len:,} tokens",
+    }
+    return [_fold(label, text) for label, text in rows.items()]
+
+
+def _data(prepared: Prepared) -> list[str]:
+    rows, seq_len = sorted(uses(prepared), key=lambda use: -use.share), prepared.config.data.seq_len
+    shown = [f"{'source':<20} {'set':>9} {'windows':>13} {'share':>8} {'samples':>13} {'tokens':>9} {'epochs':>9}"]
+    for use in rows[:12]:
+        tokens = short_count(use.samples * seq_len)
+        head = f"{use.name[:20]:<20} {short_count(use.tokens):>9} {use.windows:>13,} {use.share:>8.3%}"
+        shown.append(f"{head} {use.samples:>13,} {tokens:>9} {use.epochs:>9.2f}")
+    rest = f"and {len(rows) - 12} more with {sum(use.share for use in rows[12:]):.3%} of the samples"
+    return [*shown, rest] if len(rows) > 12 else shown
+
+
+def _memory(prepared: Prepared) -> list[str]:
+    data, train = prepared.config.data, prepared.config.train
+    sequences, bf16 = min(train.micro_batch, prepared.share), train.precision == "bf16"
+    parts = memory(prepared.origin.arch, sequences, data.seq_len, bf16, data.document_mask)
+    notes = {
+        "weights": "fp32, 4 bytes a parameter",
+        "gradients": "fp32, 4 bytes a parameter; the buckets of DDP are these",
+        "moments": "fp32, 2 x 4 bytes a parameter",
+        "casts": "bf16 copies of the matrices",
+        "activations": f"kept for the backward pass of {sequences} x {data.seq_len:,} tokens",
+        "logits": "softmax and its gradients, 3 x fp32 x vocabulary a token",
+        "total": "in eager mode; compiled takes less",
+    }
+    rows = [*parts.items(), ("total", sum(parts.values()))]
+    shown = [f"  {name:<12} {size(value):>12}   {notes[name]}" for name, value in rows if value]
+    return [f"memory of a process, {train.precision}", *shown]
+
+
+def _results(prepared: Prepared) -> list[str]:
+    space, (times, tokens, share) = disk(prepared), evaluations(prepared)
+    rows = {
+        "checkpoints": f"{space.written:,} of {size(space.checkpoint)}, at most {space.kept} at once: "
+        f"{size(space.needed)} more in {prepared.config.run.output}, {size(space.free)} free",
+        "export": f"{size(space.export)} as a Hugging Face model, fp32",
+        "evaluation": f"{times:,} x {short_count(tokens)} tokens: {short_count(times * tokens)}, {share:.2%} of the compute",
+    }
+    return [_fold(label, text) for label, text in rows.items()]
+
+
+def _rates(prepared: Prepared, glyphs: str) -> list[str]:
+    plan, drawn = prepared.plan, curve(prepared.plan, glyphs=glyphs)
+    labels = [f"{plan.peak:.2e}", *[""] * (len(drawn) - 2), "0"]
+    left, right = f"step {plan.first + 1:,}", f"{prepared.last_step:,}: {plan.rate(prepared.last_step):.2e}"
+    return [
+        f"learning rate, {plan.kind}",
+        *(f"{label:>13} |{line.rstrip()}" for label, line in zip(labels, drawn)),
+        f"{'':<14}+{'-' * len(drawn[0])}",
+        f"{'':<15}{left}{right:>{len(drawn[0]) - len(left)}}",
+    ]
+
+
+def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
+    """The plan as text of at most WIDTH columns, an entry to be copied apart, and about 60 lines."""
+    warnings = []
+    for text in advice(prepared):
+        sentence, *entry = text.split("\n")
+        warnings += [_fold("warning", sentence), *(f"{'':<15}{line}" for line in entry)]
+    parts = (
+        _work(prepared), _data(prepared), _memory(prepared), _results(prepared), _rates(prepared, glyphs), warnings
+    )  # fmt: skip
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the plan of `--config FILE [--processes N] [--section.field VALUE ...]`. Raises UserError."""
+    parser = argparse.ArgumentParser("fastcpt plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", default=os.environ.get("WORLD_SIZE", "1"))
+    known, rest = parser.parse_known_args(arguments)
+    if not (known.processes.isascii() and known.processes.isdigit() and int(known.processes) >= 1):
+        raise UserError(f"--processes {known.processes!r}: write a number of processes, from 1 on")
+    prepared = prepare(parse(rest), int(known.processes))
+    print(render(prepared, BLOCKS if (sys.stdout.encoding or "").lower().startswith("utf") else ASCII))
+    return 0
