@@ -54,15 +54,23 @@ def _add_prep(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from fastcpt.data_prep.inspect_shards import inspect
+    if arguments.step is not None:
+        from fastcpt.provenance import trace
 
-    print(inspect(arguments.set, arguments.decode))
+        print(trace(arguments.path, arguments.step, arguments.decode))
+    else:
+        from fastcpt.data_prep.inspect_shards import inspect
+
+        print(inspect(arguments.path, arguments.decode))
     return 0
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("set", metavar="DIR", help="a shard set")
-    parser.add_argument("--decode", type=int, default=0, metavar="N", help="print the first N documents as text")
+    parser.add_argument("path", metavar="DIR", help="a shard set; with --step, a run")
+    parser.add_argument(
+        "--decode", type=int, default=0, metavar="N", help="print the first N documents or samples as text"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="the documents that a run's step N was trained on")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -124,17 +132,38 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from fastcpt import hf, lineage
+    from fastcpt.export import export
 
-    model, tokenizer, eod = lineage.load_model(arguments.checkpoint)
-    hf.save_pretrained(model, arguments.output, tokenizer, eod)
-    print(f"{arguments.output}: a Hugging Face model, fp32; AutoModelForCausalLM.from_pretrained reads it")
+    where = export(arguments.checkpoint, arguments.output, arguments.push)
+    print(f"{where}: a Hugging Face model, fp32; AutoModelForCausalLM.from_pretrained reads it")
     return 0
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run (its newest)")
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--push", metavar="HUB_ID", help="upload it to the Hugging Face Hub as well, as a private model"
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from fastcpt.report import report
+
+    for path in report(arguments.runs, arguments.output):
+        print(path)
+    return 0
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, one arm each")
+    parser.add_argument("--output", required=True, metavar="FILE.html", help="the page; figures go beside it")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fastcpt import plan
+
+    return plan.main(arguments.rest)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -152,27 +181,38 @@ COMMANDS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[argparse.Namespace], int]]
 ] = {
     "prep": ("tokenize text into shards", _add_prep, _prep),
-    "inspect": ("say what a shard set holds", _add_inspect, _inspect),
+    "inspect": ("say what a shard set holds, or what a step was trained on", _add_inspect, _inspect),
     "verify": ("compare every byte with its hash: shards, checkpoints, runs", _add_verify, _verify),
+    "plan": ("what a run will cost before it starts", None, _plan),
     "train": ("pre-train or continue pre-training; under torchrun too", None, _train),
     "eval": ("loss and bits per byte of a model on shard sets", _add_eval, _eval),
-    "export": ("write a checkpoint as a Hugging Face model", _add_export, _export),
+    "export": ("write a checkpoint as a Hugging Face model, or push it to the hub", _add_export, _export),
+    "report": ("figures and one HTML page out of runs", _add_report, _report),
     "demo": ("the whole story on text that comes with Python", _add_demo, _demo),
 }
 
 
-def train_help() -> str:
-    """One screen for all settings, from the dataclasses that define them."""
+def configured_help(command: str) -> str:
+    """One screen for `train` and `plan`: all settings, from the dataclasses that define them."""
     sections: dict[str, list[str]] = {}
     for name, _ in fields():
         section, _, rest = name.partition(".")
         if "[]" not in rest:
             sections.setdefault(section, []).append(rest)
     lines = [f"  --{section + '.':<10} {' '.join(names)}" for section, names in sections.items()]
+    usage = {
+        "train": (
+            "usage: fastcpt train --config FILE [--section.field VALUE ...]",
+            "       torchrun --nproc_per_node=N -m fastcpt.train --config FILE [--section.field VALUE ...]",
+            "", "Started again with the same run.output, a run goes on from its newest checkpoint.",
+        ),
+        "plan": (
+            "usage: fastcpt plan --config FILE [--processes N] [--section.field VALUE ...]",
+            "", "Tokens, steps, epochs, memory, checkpoints, the learning-rate curve, warnings. Nothing is written.",
+        ),
+    }[command]  # fmt: skip
     return "\n".join((
-        "usage: fastcpt train --config FILE [--section.field VALUE ...]",
-        "       torchrun --nproc_per_node=N -m fastcpt.train --config FILE [--section.field VALUE ...]",
-        "", "Started again with the same run.output, a run goes on from its newest checkpoint.", "",
+        *usage, "",
         "settings, in the YAML file or as an option:", *lines, "",
         "README.md describes each; `fastcpt train --config FILE --print_config` prints a file with all of them.",
     ))  # fmt: skip
@@ -181,11 +221,11 @@ def train_help() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake of the user's (one line says which), 3 training diverged."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["train"]:  # its options are the configuration's fields, which argparse does not know
+    if arguments[:1] in (["train"], ["plan"]):  # their options are the configuration's fields
         if not arguments[1:] or {"-h", "--help"} & set(arguments):
-            print(train_help())
+            print(configured_help(arguments[0]))
             return 0
-        return _train(argparse.Namespace(rest=arguments[1:]))
+        return _answer(COMMANDS[arguments[0]][2], argparse.Namespace(rest=arguments[1:]))
     parser = argparse.ArgumentParser("fastcpt", description="Continual pre-training of GPT-NeoX / Pythia models.")
     parser.add_argument("--version", action="version", version=f"fastcpt {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -195,8 +235,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             add(command)
         command.set_defaults(function=function)
     parsed = parser.parse_args(arguments)
+    return _answer(parsed.function, parsed)
+
+
+def _answer(function: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     try:
-        return parsed.function(parsed)
+        return function(arguments)
     except UserError as error:
         print(f"fastcpt: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ import yaml
 
 from fastcpt import __version__, cli
 
-COMMANDS = ["prep", "inspect", "verify", "train", "eval", "export", "demo"]
+COMMANDS = ["prep", "inspect", "verify", "plan", "train", "eval", "export", "report", "demo"]
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,6 +58,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["inspect", "nowhere"], "nowhere"),
         (["verify", "nowhere"], "nowhere"),
+        (["inspect", "nowhere", "--step", "1"], "nowhere"),
+        (["report", "nowhere", "--output", "r.html"], "nowhere"),
+        (["plan", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--optim.lr", "1e-3"], "data.train"),
         (["eval", "nowhere", "--data", "x=nowhere"], "nowhere"),
