@@ -157,9 +157,9 @@ def memory(arch: Architecture, sequences: int, seq_len: int, bf16: bool, documen
     logits: three fp32 tensors of (tokens, vocabulary), 12 V bytes a token: in the softmax's backward pass its output,
     the gradient that comes in and the one that goes out are alive at once.
 
-    For eager execution, exact up to the allocator's rounding, workspaces and the CUDA context. An upper estimate for a
-    compiled model, which keeps less, and where a step is one micro-batch: then gradients and activations are not alive
-    together. Evaluation keeps no activations; nothing is computed twice to save memory.
+    For eager execution and a vocabulary many times the width: exact up to rounding, workspaces and the CUDA context. An
+    upper estimate for a compiled model, which keeps less, and where a step is one micro-batch: then gradients and
+    activations are not alive together. Evaluation keeps no activations; nothing is computed twice to save memory.
     """
     parameters, tokens = metrics.parameter_count(arch), sequences * seq_len
     matrices = arch.layers * (4 * arch.width**2 + 2 * arch.width * arch.mlp_width) + arch.vocab_size * arch.width
