@@ -8,7 +8,6 @@ A part stands between `<!-- NAME -->` and `<!-- /NAME -->`. Run it in the root o
 
 import argparse
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,14 +54,26 @@ def config_table() -> str:
     return "\n".join([*rows, *(f"| `{name}` | {text} |" for name, text in fields())])
 
 
-PARTS: dict[str, Callable[[], str]] = {"demo": demo_table, "log": log_lines, "config": config_table}
+def lm_eval_table() -> str:
+    """What lm_eval printed for the demo's export; benchmarks/results/lm_eval.txt is its output as it came."""
+    return Path("benchmarks/results/lm_eval.txt").read_text().rstrip("\n")
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "log": log_lines,
+    "lm_eval": lm_eval_table,
+    "config": config_table,
+}
 
 
 def update(text: str) -> str:
     """The document with its generated parts made anew."""
     for name, make in PARTS.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text, flags=re.DOTALL)
+        before, opening, rest = text.partition(f"<!-- {name} -->\n")
+        _, closing, after = rest.partition(f"<!-- /{name} -->")
+        assert opening and closing, f"there is no part {name}"
+        text = f"{before}{opening}{make()}\n{closing}{after}"
     return text
 
 

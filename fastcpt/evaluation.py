@@ -1,14 +1,13 @@
 """Validation sets by name: loss, exact bits per byte, and from them forgetting and adaptation."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastcpt import UserError, lineage, parallel
+from fastcpt import lineage, parallel
 from fastcpt.data import evaluation_windows
 from fastcpt.model import GPTNeoX, document_ids
 from fastcpt.parallel import World
@@ -74,7 +73,7 @@ def evaluate_checkpoint(
     opened = {name: ShardSet(path) for name, path in sets.items()}
     world = parallel.start("single")
     model, _, _ = lineage.load_model(source, world.device)
-    check_ids(list(opened.values()), model.arch.vocab_size)
+    lineage.check_ids(list(opened.values()), model.arch.vocab_size)
     model.compute_dtype = torch.bfloat16 if parallel.has_bf16(world.device) else torch.float32
     return {
         name: evaluate(
@@ -103,12 +102,3 @@ def is_due(step: int, last: int, every: int, warmup_end: int) -> bool:
     """At the start, at the end, every `every` steps, and four times as often until the warm-up's end."""
     often = max(1, every // 4) if step <= warmup_end else every
     return step in (0, last) or step % often == 0
-
-
-def check_ids(sets: Sequence[ShardSet], vocab_size: int) -> None:
-    """Raises UserError when a set holds ids that the model has no row for."""
-    for shard_set in sets:
-        if shard_set.vocab_size > vocab_size:
-            raise UserError(
-                f"{shard_set.path}: its tokenizer has {shard_set.vocab_size:,} ids, the model {vocab_size:,} rows; use the model's tokenizer"
-            )

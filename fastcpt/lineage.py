@@ -17,7 +17,7 @@ import torch
 
 from fastcpt import UserError, checkpoint, hf
 from fastcpt.config import Config, to_dict
-from fastcpt.data import Phase, PhaseSource, parts_per_million
+from fastcpt.data import Mixture, Phase, PhaseSource, parts_per_million
 from fastcpt.model import Architecture, GPTNeoX, resolve_architecture
 from fastcpt.parallel import World
 from fastcpt.schedules import Plan, warmup_steps
@@ -232,3 +232,54 @@ def check_rewarm(config: Config, origin: Origin, plan: Plan, sets: dict[str, Sha
             "re-warming will raise the loss (arXiv 2308.04014, finding 3)",
             file=sys.stderr,
         )
+
+
+def check_ids(sets: Sequence[ShardSet], vocab_size: int) -> None:
+    """Raises UserError when a set holds ids that the model has no row for."""
+    for shard_set in sets:
+        if shard_set.vocab_size > vocab_size:
+            raise UserError(
+                f"{shard_set.path}: its tokenizer has {shard_set.vocab_size:,} ids, the model {vocab_size:,} rows; use the model's tokenizer"
+            )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made of before there is a model. content: {"train" | "val": {name: fingerprint}}."""
+
+    origin: Origin
+    plan: Plan
+    mixture: Mixture
+    val_sets: dict[str, ShardSet]
+    content: dict[str, dict[str, str]]
+
+
+def prepare(config: Config, world: World, processes: int) -> Inputs:
+    """Opens the data, finds the origin, and refuses what cannot or should not be run: the start of `train` and `plan`."""
+    data, batch = config.data, config.train.batch_tokens // config.data.seq_len
+    if batch < processes:
+        raise UserError(f"train.batch_tokens is {batch} sequences, fewer than {processes} processes; raise it")
+    sets = {source.name: ShardSet(source.path, data.reader) for source in data.train}
+    val_sets = {entry.name: ShardSet(entry.path, data.reader) for entry in data.val}
+    origin = find_origin(config, world)
+    every_set = [*sets.values(), *val_sets.values()]
+    check_tokenizer(config, origin, every_set)
+    check_ids(every_set, origin.arch.vocab_size)
+    content = {"train": fingerprints(data.train, sets), "val": fingerprints(data.val, val_sets)}
+    if origin.kind == "resume":
+        assert origin.state is not None
+        check_resume(config, origin.state, content)
+    plan = make_plan(config, origin)
+    check_rewarm(config, origin, plan, sets)
+    seen: dict[str, int] = {}
+    if origin.kind == "branch":
+        assert origin.state is not None
+        position = origin.state["data"]
+        if (position["seq_len"], position["seed"]) != (data.seq_len, config.train.seed):
+            raise UserError(
+                f"init.branch keeps the data position, so data.seq_len and train.seed must stay {position['seq_len']} and "
+                f"{position['seed']}; they are {data.seq_len} and {config.train.seed}"
+            )
+        seen = position["seen"]
+    mixture = Mixture(sets, make_phases(config, origin, sets, seen), data.seq_len, config.train.seed)
+    return Inputs(origin, plan, mixture, val_sets, content)

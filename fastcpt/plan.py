@@ -14,11 +14,10 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics
+from fastcpt import UserError, checkpoint, hf, lineage, metrics
 from fastcpt.config import Config, parse
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -26,7 +25,6 @@ from fastcpt.metrics import short_count
 from fastcpt.model import Architecture
 from fastcpt.parallel import World
 from fastcpt.schedules import Plan
-from fastcpt.shards import ShardSet
 
 WIDTH = 100  # columns of the output
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .#"  # the fillings of a cell of the curve, from empty to full
@@ -70,33 +68,17 @@ def prepare(config: Config, processes: int) -> Prepared:
         raise UserError("train.parallel is ddp, but there is one process; say --processes N, or use auto")
     if processes > 1 and train.parallel == "single":
         raise UserError(f"train.parallel is single, but there are {processes} processes; use ddp or auto")
-    batch = train.batch_tokens // data.seq_len
-    if batch < processes:
-        raise UserError(f"train.batch_tokens is {batch} sequences, fewer than {processes} processes; raise it")
-    sets = {source.name: ShardSet(source.path, data.reader) for source in data.train}
-    val_sets = {entry.name: ShardSet(entry.path, data.reader) for entry in data.val}
-    origin = lineage.find_origin(config, World(0, 1, torch.device("cpu")))
-    state = origin.state or {}
-    lineage.check_tokenizer(config, origin, [*sets.values(), *val_sets.values()])
-    evaluation.check_ids([*sets.values(), *val_sets.values()], origin.arch.vocab_size)
-    if origin.kind == "resume":
-        content = {"train": lineage.fingerprints(data.train, sets), "val": lineage.fingerprints(data.val, val_sets)}
-        lineage.check_resume(config, state, content)
-    plan = lineage.make_plan(config, origin)
-    lineage.check_rewarm(config, origin, plan, sets)
-    position: dict[str, Any] = state["data"] if origin.keeps_position else {"samples": 0, "seen": {}}
-    if origin.kind == "branch" and (position["seq_len"], position["seed"]) != (data.seq_len, train.seed):
-        raise UserError(
-            f"init.branch keeps the data position, so data.seq_len and train.seed must stay {position['seq_len']} and "
-            f"{position['seed']}; they are {data.seq_len} and {train.seed}"
-        )
-    mixture = Mixture(sets, lineage.make_phases(config, origin, sets, position["seen"]), data.seq_len, train.seed)
+    inputs = lineage.prepare(config, World(0, 1, torch.device("cpu")), processes)
+    origin = inputs.origin
     if origin.kind == "pretrained" and origin.path is not None:
         hf.headers(origin.path)
     fixed = data.seq_len, config.run.eval_tokens
-    validation = [NamedSet.open(entry.name, entry.role, val_sets[entry.name], *fixed) for entry in data.val]
-    step, share = state["step"] if origin.keeps_position else 0, -(-batch // processes)
-    return Prepared(config, processes, origin, plan, mixture, validation, step, position["samples"], share)
+    validation = [NamedSet.open(entry.name, entry.role, inputs.val_sets[entry.name], *fixed) for entry in data.val]
+    step, samples = (
+        (origin.state["step"], origin.state["data"]["samples"]) if origin.state and origin.keeps_position else (0, 0)
+    )
+    share = -(-train.batch_tokens // data.seq_len // processes)
+    return Prepared(config, processes, origin, inputs.plan, inputs.mixture, validation, step, samples, share)
 
 
 @dataclass(frozen=True)

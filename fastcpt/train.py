@@ -29,11 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel
 from fastcpt.config import Config, parse, to_dict, to_yaml
-from fastcpt.data import Mixture, batches
+from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
 from fastcpt.model import GPTNeoX, document_ids
 from fastcpt.optim import AdamW
-from fastcpt.shards import ShardSet
 from fastcpt.state import State, load_, save
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -47,24 +46,8 @@ def setup(config: Config) -> State:
     """Everything that a run needs, at the step where it starts or goes on. Raises UserError for what cannot be run."""
     world = parallel.start(config.train.parallel)
     torch.manual_seed(config.train.seed)
-    data, train = config.data, config.train
-    batch = train.batch_tokens // data.seq_len
-    if batch < world.size:
-        raise UserError(f"train.batch_tokens is {batch} sequences, fewer than {world.size} processes; raise it")
-    sets = {source.name: ShardSet(source.path, data.reader) for source in data.train}
-    val_sets = {entry.name: ShardSet(entry.path, data.reader) for entry in data.val}
-    origin = lineage.find_origin(config, world)
-    every_set = [*sets.values(), *val_sets.values()]
-    lineage.check_tokenizer(config, origin, every_set)
-    evaluation.check_ids(every_set, origin.arch.vocab_size)
-    content = {"train": lineage.fingerprints(data.train, sets), "val": lineage.fingerprints(data.val, val_sets)}
-    if origin.kind == "resume":
-        assert origin.state is not None
-        lineage.check_resume(config, origin.state, content)
-    plan = lineage.make_plan(config, origin)
-    lineage.check_rewarm(config, origin, plan, sets)
-    mixture = _mixture(config, origin, sets)
-
+    inputs = lineage.prepare(config, world, world.size)
+    origin, train = inputs.origin, config.train
     precision = torch.bfloat16 if train.precision == "bf16" and parallel.has_bf16(world.device) else torch.float32
     with torch.device("meta"):
         model = GPTNeoX(origin.arch, precision)
@@ -76,13 +59,13 @@ def setup(config: Config) -> State:
         hf.load_weights_(model, origin.path)
     optimizer = AdamW(model.parameters(), config.optim)
     validation = [
-        NamedSet.open(entry.name, entry.role, val_sets[entry.name], data.seq_len, config.run.eval_tokens)
-        for entry in data.val
+        NamedSet.open(entry.name, entry.role, inputs.val_sets[entry.name], config.data.seq_len, config.run.eval_tokens)
+        for entry in config.data.val
     ]
     known = lineage.history_of(origin)
-    seen = sorted({*known["seen"], *content["train"].values()})
+    seen = sorted({*known["seen"], *inputs.content["train"].values()})
     state = State(
-        config, world, origin, plan, mixture, validation, model, model, optimizer,
+        config, world, origin, inputs.plan, inputs.mixture, validation, model, model, optimizer,
         {"complete": known["complete"], "seen": seen},
         interval=torch.zeros(2, dtype=torch.float64, device=world.device),
         skipped=torch.zeros(2, dtype=torch.int64, device=world.device),
@@ -91,22 +74,6 @@ def setup(config: Config) -> State:
         load_(state)
     _wrap(state)
     return state
-
-
-def _mixture(config: Config, origin: lineage.Origin, sets: dict[str, ShardSet]) -> Mixture:
-    data = config.data
-    seen: dict[str, int] = {}
-    if origin.kind == "branch":
-        assert origin.state is not None
-        position = origin.state["data"]
-        if (position["seq_len"], position["seed"]) != (data.seq_len, config.train.seed):
-            raise UserError(
-                f"init.branch keeps the data position, so data.seq_len and train.seed must stay {position['seq_len']} and "
-                f"{position['seed']}; they are {data.seq_len} and {config.train.seed}"
-            )
-        seen = position["seen"]
-    phases = lineage.make_phases(config, origin, sets, seen)
-    return Mixture(sets, phases, data.seq_len, config.train.seed)
 
 
 def _wrap(state: State) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from fastcpt import UserError
 from fastcpt.data import evaluation_windows
-from fastcpt.evaluation import NamedSet, changes, check_ids, evaluate, is_due
+from fastcpt.evaluation import NamedSet, changes, evaluate, is_due
+from fastcpt.lineage import check_ids
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import World
 from fastcpt.shards import ShardSet
