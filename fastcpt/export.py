@@ -14,8 +14,9 @@ from typing import Any
 
 from fastcpt import UserError, __version__, checkpoint, hf, lineage
 from fastcpt.data import MILLION
-from fastcpt.metrics import parameter_count, short_count
+from fastcpt.metrics import parameter_count
 from fastcpt.model import Architecture
+from fastcpt.progress import short_count
 from fastcpt.schedules import Plan
 
 UNKNOWN = "unknown"

@@ -26,6 +26,9 @@ from fastcpt.model import GPTNeoX
 from fastcpt.shards import ShardSet
 
 SEQ_LEN = 64
+# Of a mean over thousands of tokens, in which fp32's rounding averages out: 3e-8 was seen. The other GELU would move it
+# by 9e-6, one token less of context by 4e-5.
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Python's manual -> tokenizer -> shards -> 100 steps of a tiny model -> export."""
+    """Python's manual -> tokenizer -> shards -> 50 steps of a tiny model -> export."""
     folder = tmp_path_factory.mktemp("trained")
     english, _ = demo.texts(200_000)
     held_out, english = english[:16], english[16:]
@@ -55,9 +58,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             "train": [{"name": "english", "path": str(shards), "weight": 1}],
             "val": [{"name": "english", "path": f"{shards}-val", "role": "upstream"}],
         },
-        "train": {"tokens": 100 * 1024, "batch_tokens": 1024, "compile": False, "precision": "fp32"},
+        "train": {"tokens": 50 * 512, "batch_tokens": 512, "compile": False, "precision": "fp32"},
         "optim": {"lr": 1e-2},
-        "run": {"output": str(folder / "run"), "eval_every": 100, "eval_tokens": 2048, "tensorboard": False},
+        "run": {"output": str(folder / "run"), "eval_every": 50, "eval_tokens": 2048, "tensorboard": False},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(configuration))
     assert train.main(["--config", str(folder / "run.yaml")]) == 0
@@ -93,7 +96,7 @@ def test_the_pipeline_writes_what_our_model_would(trained: Trained) -> None:
         (theirs,) = generate(prompt, max_new_tokens=8, do_sample=False)
         assert theirs["generated_text"] == tokenizer.decode(ids + ours)
         different.update(ours)
-    assert len(different) > 10, "a model that always says the same proves little"
+    assert len(different) > 5, "a model that always says the same proves little"
 
 
 def test_the_cards_snippet_runs(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +133,7 @@ def test_the_loss_in_transformers_is_that_of_fastcpt_eval(trained: Trained, monk
         loss = float(theirs(torch.from_numpy(windows), labels=torch.from_numpy(windows)).loss)
     for result in results.values():
         assert result["tokens"] == windows[:, 1:].size
-        assert abs(result["loss"] - loss) < 1e-5 * loss
+        assert abs(result["loss"] - loss) < TOLERANCE * loss
 
 
 TASK = """\
@@ -184,4 +187,4 @@ def test_lm_eval_measures_what_we_measure(trained: Trained) -> None:
     theirs = json.loads(results.read_text())["results"]["english"]["bits_per_byte,none"]
     ours = bits_per_byte(trained)
     assert max(len(text) for text in trained.documents) > 20 * SEQ_LEN, "some documents take several blocks"
-    assert abs(theirs - ours) < 1e-5 * ours
+    assert abs(theirs - ours) < TOLERANCE * ours

@@ -369,16 +369,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_pushed_export_arrives_byte_for_byte(runs: Path, tmp_path: Path, hub: Hub) -> None:
-    """In a process of its own, which takes the address and the token from the environment as a user's does."""
-    script = "import sys\nfrom fastcpt.export import export\nprint(export(*sys.argv[1:]))\n"
+    """By the command, which takes the address and the token from the environment."""
     environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", script, str(runs / "cpt"), str(tmp_path / "out"), "me/cpt"],
+        [Path(sys.executable).with_name("fastcpt"), "export", runs / "cpt", "--output", tmp_path / "out", "--push", "me/cpt"],
         check=False, capture_output=True, text=True, timeout=120, cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{hub.endpoint}/me/cpt"
+    assert done.stdout.startswith(f"{hub.endpoint}/me/cpt: ")
     assert hub.committed == {"me/cpt": contents(tmp_path / "out")}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= hub.committed["me/cpt"].keys()
     assert hub.created == [{"name": "cpt", "organization": "me", "visibility": "private"}]
