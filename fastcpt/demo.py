@@ -182,6 +182,7 @@ def run(output: Path, quick: bool) -> int:
 
     from fastcpt import train
     from fastcpt.data_prep.pretokenize import prep
+    from fastcpt.report import report
 
     started = time.perf_counter()
     size = QUICK if quick else FULL
@@ -212,7 +213,13 @@ def run(output: Path, quick: bool) -> int:
             return code_of_run
     result = table(output)
     (output / "result.txt").write_text(result + "\n")
+    try:
+        page = str(
+            report([str(output / "runs" / name) for name in configurations(size, output)], output / "report.html")[0]
+        )
+    except UserError as error:  # the figures are an extra
+        page = f"none: {error}"
     minutes, seconds = divmod(int(time.perf_counter() - started), 60)
     print(f"\n{result}\n\nforgetting: English loss now - before the continuation; adaptation: code loss before - now")
-    print(f"{minutes} min {seconds} s; everything is in {output}/")
+    print(f"report: {page}\n{minutes} min {seconds} s; everything is in {output}/")
     return 0
