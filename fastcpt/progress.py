@@ -1,11 +1,13 @@
 """What a person sees while something long runs: a bar at the bottom of the terminal, and nothing where there is none."""
 
+import os
 import sys
 import time
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 REDRAW_SECONDS = 0.5
+SHORTEST, LONGEST = 4, 40  # columns of the bar itself
 
 
 class Bar:
@@ -22,34 +24,38 @@ class Bar:
         self, what: str, total: int, stream: TextIO | None = None, stays: bool = False, quiet: bool = False
     ) -> None:
         self.total = total
-        self._what = what
+        self._what, self._stays = what, stays
+        streams = [] if quiet else [stream] if stream else [sys.stdout, sys.stderr]
+        self._terminal = next((each for each in streams if each.isatty()), None)
         self._drawn = 0.0
         self._progress: Any = None
-        terminals = [each for each in ([stream] if stream else [sys.stdout, sys.stderr]) if each.isatty()]
-        if quiet or not terminals:
-            return
+
+    def __enter__(self) -> Self:
+        if self._terminal is None:
+            return self
         try:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
         except ImportError:
-            return
+            return self
+        # Another file of the same terminal: W&B records what is written to stdout, and should get the lines alone.
+        self._file = open(os.dup(self._terminal.fileno()), "w", encoding=self._terminal.encoding, errors="replace")
         self._bar = BarColumn()
-        columns = (TextColumn(what), self._bar, TaskProgressColumn(), TextColumn(" {task.fields[text]}", markup=False))
         self._progress = Progress(
-            *columns,
-            console=Console(file=terminals[0], highlight=False),
+            TextColumn(self._what, markup=False),
+            self._bar,
+            TaskProgressColumn(),
+            TextColumn(" {task.fields[text]}", markup=False),
+            console=Console(file=self._file),
             auto_refresh=False,
-            transient=not stays,
+            transient=not self._stays,
             # What others write, warnings for one, goes above the bar; what is sent to a file stays out of the terminal.
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
-        self._task = self._progress.add_task(what, total=total, text="")
-
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._fit("")
-            self._progress.start()
+        self._task = self._progress.add_task(self._what, total=self.total, text="")
+        self._fit("")
+        self._progress.start()
         return self
 
     def __exit__(
@@ -57,29 +63,36 @@ class Bar:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
+            self._file.close()
 
     def update(self, done: int, text: str = "", now: bool = False) -> None:
-        """`done` of the total, and `text` behind it. now: draw at once, whatever was drawn a moment ago."""
+        """`done` of the total, and `text` behind it. now: it matters, so this and the next are drawn at once."""
         if self._progress is None:
             return
         clock = time.monotonic()
         draws = now or done >= self.total or clock - self._drawn > REDRAW_SECONDS
         if draws:
-            self._drawn = clock
-            self._fit(text)
+            self._drawn = 0.0 if now else clock
+            text = self._fit(text)
         self._progress.update(self._task, completed=done, total=self.total, text=text, refresh=draws)
 
-    def _fit(self, text: str) -> None:
-        """The text comes first: the bar takes what it leaves of the line, in a narrow terminal hardly anything."""
-        self._bar.bar_width = max(1, min(40, self._progress.console.width - len(self._what) - len(text) - 9))
+    def _fit(self, text: str) -> str:
+        """What there is room for of the text, which comes first: the bar takes what it leaves of the line."""
+        room = self._progress.console.width - len(self._what) - len(" 100%  ") - 2
+        text = text[: max(0, room - SHORTEST)]
+        self._bar.bar_width = max(SHORTEST, min(LONGEST, room - len(text)))
+        return text
 
     def print(self, line: str) -> None:
-        """A line for stdout, above the bar."""
-        if self._progress is not None and sys.stdout.isatty():
-            # As it is: not wrapped at words nor coloured, so that it can be copied.
-            self._progress.console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
-        else:
+        """A line for stdout, above the bar, which makes way for it: so the line is written as it would be without one."""
+        if self._progress is None or not sys.stdout.isatty():
             print(line, flush=True)
+            return
+        assert not self._stays
+        self._progress.stop()
+        print(line, flush=True)
+        self._progress.start()
 
 
 def short_count(value: float) -> str:
