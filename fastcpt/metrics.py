@@ -85,11 +85,7 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
     def log(self, line: dict[str, Any]) -> None:
-        # A skipped step's gradient norm is not finite, which JSON cannot say.
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_writable(line), allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -97,6 +93,13 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _writable(value: Any) -> Any:
+    """Numbers that are not finite, such as a skipped step's gradient norm, as null: JSON cannot say them."""
+    if isinstance(value, dict):
+        return {key: _writable(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_kept(line: bytes, step: int | None) -> bool:

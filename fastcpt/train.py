@@ -17,6 +17,7 @@ if __name__ == "__main__" and sys.path and sys.path[0].rstrip("/").endswith("fas
 
 import contextlib
 import gc
+import math
 import os
 import time
 from pathlib import Path
@@ -217,7 +218,7 @@ def train(config: Config) -> State:
             elapsed = time.perf_counter() - clock
             rate = (state.step - clock_step) * config.train.batch_tokens / elapsed
             report({
-                "step": state.step, "tokens": state.tokens, "loss": totals[0] / max(totals[1], 1.0),
+                "step": state.step, "tokens": state.tokens, "loss": totals[0] / totals[1] if totals[1] else math.nan,
                 "lr": state.plan.rate(state.step), "grad_norm": result["grad_norm"].item(), "skipped": skipped,
                 "tokens_per_second": rate, "mfu": rate * flops / peak, "seconds": time.perf_counter() - started,
                 "eta_seconds": (state.last_step - state.step) * config.train.batch_tokens / rate,

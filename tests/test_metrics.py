@@ -145,6 +145,14 @@ def test_json_lines_that_stay_are_not_rewritten(tmp_path: Path) -> None:
     assert path.read_text() == text
 
 
+def test_json_lines_say_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    logger = JsonLines(tmp_path / "metrics.jsonl", step=None)
+    logger.log({"step": 1, "grad_norm": float("nan"), "eval": {"a": {"loss": float("inf"), "tokens": 3}}})
+    logger.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert line == {"step": 1, "grad_norm": None, "eval": {"a": {"loss": None, "tokens": 3}}}
+
+
 def test_json_lines_of_a_new_run_start_empty(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     JsonLines(path, step=None).close()

@@ -287,8 +287,11 @@ def test_a_run_that_only_skips_stops(make_config: Any, monkeypatch: pytest.Monke
         return state
 
     monkeypatch.setattr(train, "setup", poisoned)
+    config = make_config(train=steps(9))
     with pytest.raises(train.Diverged, match="step 6: gradients were not finite 5 steps in a row"):
-        train.train(make_config(train=steps(9)))
+        train.train(config)
+    losses = [line["loss"] for line in lines(config) if "loss" in line]
+    assert losses[0] > 0 and losses[1:] == [None] * 5  # nothing was trained on in those intervals
 
 
 def test_a_branch_of_a_constant_run_is_the_longer_run(make_config: Any) -> None:
