@@ -111,12 +111,15 @@ def _is_kept(line: bytes, step: int | None) -> bool:
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """A line's numbers under flat names: eval/pile/loss for {"eval": {"pile": {"loss": ...}}}."""
+    """A line's numbers under flat names: eval/pile/loss for {"eval": {"pile": {"loss": ...}}}.
+
+    Without those that are not finite, which are null in `metrics.jsonl`: all logs hold the same numbers.
+    """
     flat: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, dict):
             flat |= {f"{key}/{name}": number for name, number in scalars(value).items()}
-        elif isinstance(value, int | float) and key not in ("step", "tokens"):
+        elif isinstance(value, int | float) and math.isfinite(value) and key not in ("step", "tokens"):
             flat[key] = value
     return flat
 

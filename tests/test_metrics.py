@@ -184,7 +184,8 @@ def test_scalars_are_the_numbers_under_flat_names() -> None:
         "eval/a/b/bits_per_byte": 0.7,
         "forgetting": 0.25,
     }
-    assert scalars({"step": 1, "tokens": 2, "loss": 3.0, "skipped": 0}) == {"loss": 3.0, "skipped": 0}
+    line = {"step": 1, "tokens": 2, "loss": 3.0, "skipped": 0}
+    assert scalars(line | {"lr": math.nan, "mfu": math.inf, "seconds": None}) == {"loss": 3.0, "skipped": 0}
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
