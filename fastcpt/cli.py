@@ -1,6 +1,7 @@
 """The `fastcpt` command. Each command imports what it needs when it runs, so that --help starts without torch."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -221,6 +222,8 @@ def configured_help(command: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake of the user's (one line says which), 3 training diverged."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # decoded text on a terminal that cannot show it
     if arguments[:1] in (["train"], ["plan"]):  # their options are the configuration's fields
         if not arguments[1:] or {"-h", "--help"} & set(arguments):
             print(configured_help(arguments[0]))
