@@ -27,7 +27,7 @@ def take_over(demo: Path) -> None:
         training = [line for line in lines if "eval" not in line]
         runs[name] = {"training": training[-1], "evaluation": [line for line in lines if "eval" in line][-1]}
     RESULT.write_text(json.dumps(runs, indent=1) + "\n")
-    shutil.copy(demo / "report-figures" / "validation.png", FIGURE)
+    shutil.copy(demo / "report-figures" / "plane.png", FIGURE)
 
 
 def demo_table() -> str:

@@ -41,7 +41,7 @@ class Size:
     characters: int  # of each kind of text, at most
 
 
-FULL = Size(1_600_000, 500_000, 4_096, 4, 96, 128, 32_768, True, 20_000_000)
+FULL = Size(1_600_000, 500_000, 4_096, 4, 96, 128, 16_384, True, 20_000_000)
 QUICK = Size(120_000, 60_000, 2_048, 2, 64, 128, 8_192, False, 600_000)
 
 
@@ -140,7 +140,7 @@ def configurations(size: Size, output: Path) -> dict[str, dict[str, Any]]:
  "compile": size.compile},
             "optim": {"lr": lr},
             "schedule": {"kind": "cosine", "warmup": 0.02, "min_lr_ratio": 0.1},
-            "run": {"output": str(output / "runs" / name), "log_every": 50, "eval_every": 100, "eval_tokens": size.eval_tokens, "save_every": 200},
+            "run": {"output": str(output / "runs" / name), "log_every": 20, "eval_every": 40, "eval_tokens": size.eval_tokens, "save_every": 200},
         }  # fmt: skip
 
     base = str(output / "runs" / "pretrain")
