@@ -15,6 +15,7 @@ import shutil
 import sys
 import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -89,8 +90,8 @@ def load_tensors_(checkpoint: Path, tensors: dict[str, Tensor], world: World) ->
     _quietly(dcp.load, tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.size == 1)
 
 
-def verify(checkpoint: Path) -> None:
-    """Every byte against the manifest. Raises DamagedError that names the file and the offset."""
+def verify(checkpoint: Path, progress: Callable[[int], None] = lambda size: None) -> None:
+    """Every byte against the manifest; `progress` gets the bytes checked. Raises DamagedError: the file and the offset."""
     entries = read_sealed(checkpoint / MANIFEST, FORMAT, "the checkpoint")["files"]
     check_names(checkpoint / MANIFEST, entries)
     for path in checkpoint.iterdir():
@@ -99,6 +100,7 @@ def verify(checkpoint: Path) -> None:
     for name, entry in entries.items():
         hashes = np.array([int(value, 16) for value in entry["hashes"]], "<u8")
         check_file(checkpoint / name, entry["bytes"], hashes, BLOCK_BYTES)
+        progress(entry["bytes"])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

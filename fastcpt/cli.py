@@ -87,9 +87,20 @@ def _verify(arguments: argparse.Namespace) -> int:
     from fastcpt import checkpoint
 
     found = [path / "checkpoints" / f"step-{step}" for step in checkpoint.steps(path)] or [path]
-    for each in found:
-        checkpoint.verify(each)
-        print(f"{each}: every byte is as its manifest says")
+    from fastcpt.progress import Bar
+
+    total = sum(file.stat().st_size for each in found if each.is_dir() for file in each.iterdir())
+    done = 0
+    with Bar("verify", total) as bar:
+
+        def progress(size: int) -> None:
+            nonlocal done
+            done += size
+            bar.update(done)
+
+        for each in found:
+            checkpoint.verify(each, progress)
+            bar.print(f"{each}: every byte is as its manifest says")
     return 0
 
 
