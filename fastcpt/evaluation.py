@@ -1,6 +1,7 @@
 """Validation sets by name: loss, exact bits per byte, and from them forgetting and adaptation."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastcpt import lineage, parallel
 from fastcpt.data import evaluation_windows
 from fastcpt.model import GPTNeoX, document_ids
 from fastcpt.parallel import World
+from fastcpt.progress import Bar
 from fastcpt.shards import ShardSet
 
 
@@ -30,11 +32,17 @@ class NamedSet:
 
 @torch.no_grad()
 def evaluate(
-    model: GPTNeoX, named: NamedSet, seq_len: int, micro_batch: int, document_mask: bool, world: World
+    model: GPTNeoX,
+    named: NamedSet,
+    seq_len: int,
+    micro_batch: int,
+    document_mask: bool,
+    world: World,
+    progress: Callable[[int], None] = lambda windows: None,
 ) -> dict[str, Any]:
     """{"loss" (nats a token), "bits_per_byte", "tokens", "role"} over the set's fixed windows, summed over processes.
 
-    Bits per byte is exact: the bytes are those of the target tokens' text, an end-of-document token counting none.
+    progress gets the number of windows done so far. Bits per byte is exact: the bytes are those of the target tokens' text, an end-of-document token counting none.
     """
     model.eval()
     # Sums in float64: what one process or several add up differs in nothing that a reader could see.
@@ -56,6 +64,7 @@ def evaluate(
                 losses_BT.new_tensor(losses_BT.numel(), dtype=torch.float64),
             )
         )
+        progress(first + rows)
     model.train()
     nats, size, tokens = world.sum_(totals).tolist()
     return {
@@ -75,17 +84,12 @@ def evaluate_checkpoint(
     model, _, _ = lineage.load_model(source, world.device)
     lineage.check_ids(list(opened.values()), model.arch.vocab_size)
     model.compute_dtype = torch.bfloat16 if parallel.has_bf16(world.device) else torch.float32
-    return {
-        name: evaluate(
-            model,
-            NamedSet.open(name, "other", shards, seq_len, tokens or len(shards)),
-            seq_len,
-            micro_batch,
-            False,
-            world,
-        )
-        for name, shards in opened.items()
-    }
+    results = {}
+    for name, shards in opened.items():
+        named = NamedSet.open(name, "other", shards, seq_len, tokens or len(shards))
+        with Bar(f"eval {name}", len(named.windows)) as bar:
+            results[name] = evaluate(model, named, seq_len, micro_batch, False, world, bar.update)
+    return results
 
 
 def changes(results: dict[str, dict[str, Any]], start: dict[str, float]) -> dict[str, float]:
