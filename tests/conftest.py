@@ -4,12 +4,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+
+# Without a GPU, kernels are decorated for Triton's interpreter, which is decided once, when triton is imported. The
+# variable is then taken back: processes that tests start, and operators outside `triton_device`, run as users' do.
+INTERPRET = not torch.cuda.is_available()
+if INTERPRET:
+    os.environ["TRITON_INTERPRET"] = "1"
+import triton
+
+from fastcpt.kernels import launch
+
+os.environ.pop("TRITON_INTERPRET", None)
+launch.INTERPRETED = False
 
 from fastcpt import config as configuration
 from fastcpt.shards import PairWriter, ShardSet, tokenizer_fingerprint, write_manifest
@@ -153,3 +168,83 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
         return [printed for printed, _ in outputs]
 
     return run
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The device on which operators launch their Triton kernels: a GPU, or the CPU with the interpreter.
+
+    `torch.empty` is filled with NaN meanwhile, so that what a kernel leaves unwritten is seen.
+    """
+    if INTERPRET:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(launch, "INTERPRETED", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield torch.device("cpu" if INTERPRET else "cuda")
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each Triton kernel was launched, by name, from here on."""
+    counts: Counter[str] = Counter()
+    kind = triton.runtime.interpreter.InterpretedFunction if INTERPRET else triton.runtime.JITFunction
+    run = kind.run
+
+    def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        counts[kernel.fn.__name__] += 1
+        return run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", counted)
+    return counts
+
+
+@pytest.fixture
+def check_budget(record_property: Callable[[str, Any], None]) -> Callable[..., float]:
+    """check_budget(name, ours, plain, exact, terms=1, scale=None) -> the worst error of ours over its limit, at most 1.
+
+    The error budget of a kernel (as in apple/ml-cross-entropy's tests), element by element: its error against the
+    exact value is at most that of plain torch in the same dtype, plus one rounding of the result to its dtype, plus
+    the error of a sum of `terms` fp32 numbers in any order (Higham: terms * 2^-24, times their size `scale`).
+
+    ours, plain: results in the dtype under test; exact: in float64; scale: a number or a tensor like the result, the
+    sum of the sizes of the terms; by default the largest exact value.
+
+    name: "kernel: result"; the worst of each is printed at the end of the test run.
+    """
+
+    def check(
+        name: str, ours: Tensor, plain: Tensor, exact: Tensor, terms: int = 1, scale: Tensor | float | None = None
+    ) -> float:
+        assert exact.dtype == torch.float64 and ours.shape == exact.shape and ours.dtype == plain.dtype, name
+        assert torch.isfinite(ours).all(), f"{name}: not finite"
+        size = exact.abs().max() if scale is None else scale
+        rounding = torch.finfo(ours.dtype).eps / 2
+        limit = (plain.double() - exact).abs() + rounding * exact.abs() + terms * 2.0**-24 * size
+        error = (ours.double() - exact).abs()
+        ratio = torch.where(error == 0, 0.0, error / limit)
+        worst = int(ratio.argmax())
+        assert ratio.max() <= 1, (
+            f"{name}: element {worst} of {tuple(ours.shape)} is {ours.flatten()[worst]}, plain torch has "
+            f"{plain.flatten()[worst]}, exact is {exact.flatten()[worst]}; the error is {ratio.max():.3g} of its limit"
+        )
+        record_property("budget", (name, float(ratio.max()), float(error.max() / exact.abs().max().clamp_min(1e-300))))
+        return float(ratio.max())
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The worst errors of each kernel, over all tests that ran."""
+    worst: dict[str, tuple[int, float, float]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for key, value in report.user_properties:
+            if key == "budget":
+                name, ratio, error = value
+                checks, *seen = worst.get(name, (0, 0.0, 0.0))
+                worst[name] = (checks + 1, max(seen[0], ratio), max(seen[1], error))
+    if worst:
+        terminalreporter.section("kernels: error against float64, over the budget and over the largest value")
+        for name, (checks, ratio, error) in sorted(worst.items()):
+            terminalreporter.write_line(f"{name:44} {checks:5} checks  {ratio:5.2f} of the budget  {error:.1e}")
