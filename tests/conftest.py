@@ -1,5 +1,6 @@
 """What several tests need: small shard sets written by the real writer, small configurations, several processes."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# Without a GPU, kernels are decorated for Triton's interpreter, which is decided once, when triton is imported. The
+# Without a GPU, kernels are decorated for Triton's interpreter, which is decided once, when they are imported. The
 # variable is then taken back: processes that tests start, and operators outside `triton_device`, run as users' do.
 INTERPRET = not torch.cuda.is_available()
 if INTERPRET:
@@ -23,6 +24,8 @@ import triton
 
 from fastcpt.kernels import launch
 
+for file in sorted((Path(__file__).parent.parent / "kernels").glob("[a-z]*.py")):
+    importlib.import_module(f"fastcpt.kernels.{file.stem}")
 os.environ.pop("TRITON_INTERPRET", None)
 launch.INTERPRETED = False
 
@@ -170,6 +173,18 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
     return run
 
 
+def _round_to_nearest(
+    values: np.ndarray, source: Any, target: Any, mode: Any, convert: Any = triton.runtime.interpreter._convert_float
+) -> np.ndarray:
+    """Between fp32 and bf16 (as uint16) as the hardware does it; the interpreter itself truncates a plain cast."""
+    if (source, target) == (triton.language.float32, triton.language.bfloat16):
+        numbers = torch.from_numpy(np.ascontiguousarray(values).view(np.float32))
+        return numbers.bfloat16().view(torch.int16).numpy().view(np.uint16)
+    if (source, target) == (triton.language.bfloat16, triton.language.float32):
+        return np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16
+    return convert(values, source, target, mode)
+
+
 @pytest.fixture
 def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device on which operators launch their Triton kernels: a GPU, or the CPU with the interpreter.
@@ -179,6 +194,7 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     if INTERPRET:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(launch, "INTERPRETED", True)
+        monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", _round_to_nearest)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield torch.device("cpu" if INTERPRET else "cuda")
@@ -202,10 +218,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture
 def check_budget(record_property: Callable[[str, Any], None]) -> Callable[..., float]:
-    """check_budget(name, ours, plain, exact, terms=1, scale=None) -> the worst error of ours over its limit, at most 1.
+    """check_budget(name, ours, plain, exact, terms=1, scale=None, roundings=1) -> the worst error over its limit, at most 1.
 
     The error budget of a kernel (as in apple/ml-cross-entropy's tests), element by element: its error against the
-    exact value is at most that of plain torch in the same dtype, plus one rounding of the result to its dtype, plus
+    exact value is at most that of plain torch in the same dtype, plus the roundings of the result to its dtype, plus
     the error of a sum of `terms` fp32 numbers in any order (Higham: terms * 2^-24, times their size `scale`).
 
     ours, plain: results in the dtype under test; exact: in float64; scale: a number or a tensor like the result, the
@@ -215,12 +231,18 @@ def check_budget(record_property: Callable[[str, Any], None]) -> Callable[..., f
     """
 
     def check(
-        name: str, ours: Tensor, plain: Tensor, exact: Tensor, terms: int = 1, scale: Tensor | float | None = None
+        name: str,
+        ours: Tensor,
+        plain: Tensor,
+        exact: Tensor,
+        terms: int = 1,
+        scale: Tensor | float | None = None,
+        roundings: int = 1,
     ) -> float:
         assert exact.dtype == torch.float64 and ours.shape == exact.shape and ours.dtype == plain.dtype, name
         assert torch.isfinite(ours).all(), f"{name}: not finite"
         size = exact.abs().max() if scale is None else scale
-        rounding = torch.finfo(ours.dtype).eps / 2
+        rounding = roundings * torch.finfo(ours.dtype).eps / 2
         limit = (plain.double() - exact).abs() + rounding * exact.abs() + terms * 2.0**-24 * size
         error = (ours.double() - exact).abs()
         ratio = torch.where(error == 0, 0.0, error / limit)
