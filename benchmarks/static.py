@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel launch that the presets need: registers, spills, and widths of accesses.
 
     python -m fastcpt.benchmarks.static                    the table, from a machine without a GPU
-    python -m fastcpt.benchmarks.static --output FOLDER    and FOLDER/kernels_static.csv
+    python -m fastcpt.benchmarks.static --output FOLDER    and FOLDER/kernels_static.csv, FOLDER/kernels_traffic.csv
 
 The public functions of `fastcpt.kernels` run forward and backward on tensors of the presets' shapes that hold no data
 (device "meta"). Each launch is caught in place of `JITFunction.run`, specialised by triton's own binder, and compiled as
@@ -18,6 +18,7 @@ import os
 import pkgutil
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -323,7 +324,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(output: Path | None = None, chips: Sequence[int] = tuple(SHARED)) -> None:
-    """Prints the table, writes it to a folder if asked, and says what is wrong."""
+    """Prints both tables, writes them to a folder if asked, and says what is wrong."""
     rows = examine(*launches_of_presets(), chips)
     print(table(rows))
     if output is not None:
@@ -333,7 +334,12 @@ def main(output: Path | None = None, chips: Sequence[int] = tuple(SHARED)) -> No
     faults = [fault for row in rows for fault in row.faults()] + [
         f"{name} was not launched" for name in sorted(missing)
     ]
-    print("\n".join(faults) if faults else "no spills, no stack, no narrow access that is not accounted for")
+    print(
+        "\n".join(faults) if faults else "no spills, no stack, no narrow access that is not accounted for", flush=True
+    )
+    # Bytes moved come from the interpreter, which is chosen when a kernel is defined: in another process.
+    command = [sys.executable, "-m", "fastcpt.benchmarks.traffic", *(["--output", str(output)] if output else [])]
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
 def _like(*tensors: Tensor) -> list[Tensor]:

@@ -178,6 +178,31 @@ def _plan(arguments: argparse.Namespace) -> int:
     return plan.main(arguments.rest)
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    output = Path(arguments.output) if arguments.output else None
+    if arguments.static:
+        from fastcpt.benchmarks import static
+
+        static.main(output)
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("bench kernels: there is no GPU to time them on; --static needs none")
+        from fastcpt.benchmarks import bench_kernels
+
+        bench_kernels.main(output)
+    return 0
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["kernels"], help="kernels: time and bandwidth of each, on a GPU")
+    parser.add_argument(
+        "--static", action="store_true", help="instead, without a GPU: registers, spills, access widths, bytes moved"
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="write the tables there as CSV files")
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from fastcpt import demo
 
@@ -200,6 +225,7 @@ COMMANDS: dict[
     "eval": ("loss and bits per byte of a model on shard sets", _add_eval, _eval),
     "export": ("write a checkpoint as a Hugging Face model, or push it to the hub", _add_export, _export),
     "report": ("figures and one HTML page out of runs", _add_report, _report),
+    "bench": ("measure this machine", _add_bench, _bench),
     "demo": ("the whole story on text that comes with Python", _add_demo, _demo),
 }
 

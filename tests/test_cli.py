@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fastcpt import __version__, cli
 
-COMMANDS = ["prep", "inspect", "verify", "plan", "train", "eval", "export", "report", "demo"]
+COMMANDS = ["prep", "inspect", "verify", "plan", "train", "eval", "export", "report", "bench", "demo"]
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -68,6 +69,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["export", "no-where", "--output", "out"], "no-where"),
         (["prep", "nowhere.jsonl", "--tokenizer", "nothing.json", "--output", "out"], "nothing.json"),
         (["prep", "--tokenizer", "t.json", "--output", "out"], "INPUT"),
+        (["bench", "nothing"], "nothing"),
         (["nothing"], "nothing"),
     ],
 )
@@ -88,6 +90,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert code == 2
     assert named in errors[-1] and errors[-1].startswith("fastcpt")
     assert len([line for line in errors if not line.startswith(("usage:", " "))]) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time kernels on")
+def test_timing_kernels_takes_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "kernels"]) == 2
+    assert capsys.readouterr().err == "fastcpt: bench kernels: there is no GPU to time them on; --static needs none\n"
+
+
+def test_static_proofs_refuse_the_interpreter(tmp_path: Path) -> None:
+    done = run(sys.executable, "-m", "fastcpt.cli", "bench", "kernels", "--static", cwd=tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 2 and done.stderr.startswith("fastcpt: TRITON_INTERPRET is set"), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +150,6 @@ def test_from_text_to_a_model_in_transformers(workspace: Path) -> None:
         "eval", "exported", "--data", "text=shards-val", "--seq-len", "32", "--tokens", "1024", cwd=workspace
     )
     assert f"{last['eval']['text']['loss']:.4f}" in again.stdout
-    import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(workspace / "exported")

@@ -1,0 +1,192 @@
+"""Bytes that the kernels move, counted in Triton's interpreter, next to the least that has to move.
+
+    TRITON_INTERPRET=1 python -m fastcpt.benchmarks.traffic [--output FOLDER]
+
+Loads and stores are summed over the lanes that their masks leave on. `dram` counts an address once a launch: what has to
+come from memory when the caches serve all that a launch reads again, and nothing from one launch to the next. `torch`
+are the inputs and outputs of torch's own operations between the kernels. Floors are in bytes a unit, for bf16
+activations and fp32 parameters. Nothing here is a measurement of a GPU.
+"""
+
+import argparse
+import csv
+import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+
+from fastcpt import UserError
+from fastcpt.kernels import launch
+
+CSV = "kernels_traffic.csv"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that has to move, in bytes a unit (PERFORMANCE.md, section 2), and why loads and stores are more."""
+
+    unit: str
+    floor: float
+    reason: str = ""
+
+
+TABLE = {
+    "cross_entropy in place, forward and backward": Floor(
+        "logit", 4, "the row is read twice; the second read is served by L2, so that 4 reach DRAM"
+    ),
+    "cross_entropy, forward and backward": Floor("logit", 6),
+}
+
+
+@dataclass
+class Traffic:
+    """Bytes, summed over launches; touched: addresses of the launch that is running."""
+
+    loads: int = 0
+    stores: int = 0
+    dram: int = 0
+    torch: int = 0
+    touched: dict[str, list[np.ndarray]] | None = None
+
+    def access(self, kind: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
+        assert self.touched is not None
+        found = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[mask]
+        setattr(self, kind, getattr(self, kind) + found.size * size)
+        self.touched[kind].append(np.repeat(found, size) + np.tile(np.arange(size, dtype=found.dtype), found.size))
+
+
+class _CountTorch(TorchDispatchMode):
+    """Counts what torch's own operations read and write, those inside of our operators included."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self.traffic = traffic
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "fastcpt":
+            with self:
+                return torch._library.custom_ops._maybe_get_opdef(func)._init_fn(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if self.traffic.touched is None and not func.is_view and "empty" not in func.name():
+            tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            self.traffic.torch += sum(x.numel() * x.element_size() for x in tensors)
+        return result
+
+
+@contextmanager
+def counted() -> Iterator[Traffic]:
+    """Counts all that happens within."""
+    if not launch.INTERPRETED:
+        raise UserError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1")
+    traffic = Traffic()
+    run, load, store = (
+        InterpretedFunction.run,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+    rmw = InterpreterBuilder.create_atomic_rmw
+
+    def counted_run(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        traffic.touched = {"loads": [], "stores": []}
+        run(kernel, *args, **kwargs)
+        traffic.dram += sum(np.unique(np.concatenate(found)).size for found in traffic.touched.values() if found)
+        traffic.touched = None
+
+    def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        traffic.access("loads", pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
+        return load(builder, pointers, mask, *rest, **options)
+
+    def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        traffic.access("stores", pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
+        return store(builder, pointers, value, mask, *rest, **options)
+
+    def counted_rmw(builder: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        for kind in ("loads", "stores"):
+            traffic.access(kind, pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
+        return rmw(builder, operation, pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(InterpretedFunction, "run", counted_run),
+        mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
+        mock.patch.object(InterpreterBuilder, "create_atomic_rmw", counted_rmw),
+        _CountTorch(traffic),
+    ):
+        yield traffic
+
+
+Case = tuple[str, int, Callable[[], Any]]  # its name in TABLE, how many units, and what to count
+
+
+def _cross_entropy() -> Iterator[Case]:
+    from fastcpt.kernels.cross_entropy import cross_entropy
+
+    logits, targets = torch.randn(4, 50304).bfloat16().requires_grad_(), torch.arange(4)
+
+    def run(inplace: bool) -> None:
+        torch.autograd.grad(cross_entropy(logits, targets, inplace=inplace).sum(), logits)
+
+    yield "cross_entropy, forward and backward", logits.numel(), partial(run, False)
+    yield "cross_entropy in place, forward and backward", logits.numel(), partial(run, True)
+
+
+CASES = (_cross_entropy,)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes a unit."""
+
+    what: str
+    unit: str
+    floor: float
+    loads: float
+    stores: float
+    dram: float
+    torch: float
+    reason: str
+
+
+def rows() -> Iterator[Row]:
+    torch.manual_seed(0)
+    for cases in CASES:
+        for name, units, run in cases():
+            with counted() as moved:
+                run()
+            bytes_a_unit = (round(count / units, 3) for count in (moved.loads, moved.stores, moved.dram, moved.torch))
+            yield Row(name, TABLE[name].unit, TABLE[name].floor, *bytes_a_unit, TABLE[name].reason)
+
+
+def main(output: Path | None = None) -> None:
+    """Prints the table, and writes it to a folder if asked."""
+    found = list(rows())
+    lines = [[f.name for f in fields(Row)], *([str(value) for value in astuple(row)] for row in found)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print("bytes a unit, counted in Triton's interpreter; dram: each address once a launch; torch: between the kernels")
+    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines))
+    if output is not None:
+        versions = {"torch_version": torch.__version__, "triton_version": triton.__version__}
+        made = {**versions, "date": datetime.date.today().isoformat()}
+        output.mkdir(parents=True, exist_ok=True)
+        with open(output / CSV, "w", newline="") as file:
+            writer = csv.DictWriter(file, [*lines[0], *made], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**asdict(row), **made} for row in found)
+        print(f"written: {output / CSV}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"write FOLDER/{CSV}")
+    main(parser.parse_args().output)
