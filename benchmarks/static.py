@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -342,10 +341,6 @@ def main(output: Path | None = None, chips: Sequence[int] = tuple(SHARED)) -> No
     subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
-def _like(*tensors: Tensor) -> list[Tensor]:
-    return [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
-
-
 def _cross_entropy(arch: Architecture, tokens: int, device: str) -> Iterator[Callable[[], Any]]:
     """In place and not, for a sum (whose gradient has stride 0) and with a gradient of its own for each token."""
     from fastcpt.kernels.cross_entropy import cross_entropy
@@ -363,9 +358,23 @@ def _cross_entropy(arch: Architecture, tokens: int, device: str) -> Iterator[Cal
             yield partial(call, inplace, weighted)
 
 
+def _gelu(arch: Architecture, tokens: int, device: str) -> Iterator[Callable[[], Any]]:
+    from fastcpt.kernels.gelu import bias_gelu
+
+    def call(approximate: str) -> None:
+        x = torch.empty(tokens, arch.mlp_width, dtype=torch.bfloat16, device=device, requires_grad=True)
+        bias = torch.empty(arch.mlp_width, device=device, requires_grad=True)
+        y = bias_gelu(x, bias, approximate)
+        y.backward(torch.empty_like(y))
+
+    for approximate in ("none", "tanh"):
+        yield partial(call, approximate)
+
+
 # What to run of each module, forward and backward: calls of its public functions.
 CASES: dict[str, Callable[[Architecture, int, str], Iterator[Callable[[], Any]]]] = {
     "cross_entropy": _cross_entropy,
+    "gelu": _gelu,
 }
 
 

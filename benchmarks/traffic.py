@@ -46,6 +46,10 @@ TABLE = {
         "logit", 4, "the row is read twice; the second read is served by L2, so that 4 reach DRAM"
     ),
     "cross_entropy, forward and backward": Floor("logit", 6),
+    "bias + gelu, forward": Floor("value", 4, "the bias, served by the cache"),
+    "bias + gelu, backward": Floor(
+        "value", 6, "the bias, and one row of partial sums for 128 rows, which torch adds up"
+    ),
 }
 
 
@@ -141,7 +145,16 @@ def _cross_entropy() -> Iterator[Case]:
     yield "cross_entropy in place, forward and backward", logits.numel(), partial(run, True)
 
 
-CASES = (_cross_entropy,)
+def _gelu() -> Iterator[Case]:
+    from fastcpt.kernels.gelu import bias_gelu
+
+    x, bias = torch.randn(512, 2048).bfloat16().requires_grad_(), torch.zeros(2048, requires_grad=True)
+    y = bias_gelu(x, bias)
+    yield "bias + gelu, forward", x.numel(), partial(bias_gelu, x, bias)
+    yield "bias + gelu, backward", x.numel(), partial(torch.autograd.grad, y, (x, bias), torch.randn_like(y))
+
+
+CASES = (_cross_entropy, _gelu)
 
 
 @dataclass(frozen=True)
