@@ -3,45 +3,36 @@
     python -m fastcpt.benchmarks.static                    the table, from a machine without a GPU
     python -m fastcpt.benchmarks.static --output FOLDER    and FOLDER/kernels_static.csv, FOLDER/kernels_traffic.csv
 
-The public functions of `fastcpt.kernels` run forward and backward on tensors of the presets' shapes that hold no data
-(device "meta"). Each launch is caught in place of `JITFunction.run`, specialised by triton's own binder, and compiled as
-it would be launched. A tensor without data has address 0 plus its offset, which is aligned as torch's allocator aligns.
-What is counted are instructions in the machine code, not how often they run.
+`launches.py` says how launches are caught; here each is compiled as it would be launched. What is counted are instructions in the machine code, not how often they run.
 """
 
 import argparse
 import ast
 import csv
 import datetime
-import importlib
 import os
-import pkgutil
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource
 
-import fastcpt.kernels
-from fastcpt import UserError
-from fastcpt.kernels import launch
-from fastcpt.model import PRESETS, Architecture
+from fastcpt.benchmarks.launches import Launch, kernel_modules, kernels, launches_of_presets
 
 # Compute capability -> bytes of shared memory that one block can have (CUDA programming guide, technical specifications).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -49,6 +40,7 @@ CSV = "kernels_static.csv"
 # Instructions that read and write global memory. A width is a suffix of theirs; without one it is 32 bits.
 LOADS = ("LDG", "LD", "LDGSTS")
 STORES = ("STG", "ST")
+ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")
 # Accesses of fewer than 128 bits, by kernel and by the address in its source, and why they cost nothing.
 NARROW: dict[str, dict[str, str]] = {
     "cross_entropy._forward_kernel": {
@@ -63,41 +55,17 @@ NARROW: dict[str, dict[str, str]] = {
         "lse_ptr + row": "one a row",
     },
     "cross_entropy._scale_kernel": {"gradient_ptr + row * gradient_stride": "one a row"},
+    "layer_norm.layer_norm_forward_kernel": {
+        "stats_ptr + rows": "one a row",
+        "stats_ptr + N + rows": "one a row",
+    },
+    "layer_norm.layer_norm_backward_kernel": {
+        "stats_ptr + rows": "one a row",
+        "stats_ptr + N + rows": "one a row",
+        "partials_ptr + row * D + columns": "one row a program; of 128 and 256 columns, a thread has one or two",
+    },
+    "layer_norm.column_sums_kernel": {"sums_ptr + columns": "one row in all"},
 }
-
-
-def _name(kernel: JITFunction) -> str:
-    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One specialisation of one kernel, as `triton.compile` takes it."""
-
-    kernel: JITFunction
-    signature: dict[str, Any]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
-    options: Any
-
-    @property
-    def name(self) -> str:
-        return _name(self.kernel)
-
-    @property
-    def arguments(self) -> str:
-        """`NAME=VALUE` of a constant, `NAME:TYPE` of all else; ~ where the compiler cannot count on a multiple of 16."""
-        words = []
-        for position, (name, kind) in enumerate(self.signature.items()):
-            if kind == "constexpr":
-                value = self.constants[(position,)]
-                words.append(f"{name}={getattr(value, '__name__', value)}")
-            else:
-                exact = self.attributes.get((position,)) or kind.startswith(("fp", "bf", "u1", "i1"))
-                words.append(f"{name}:{kind}{'' if exact else '~'}")
-        if self.options.num_stages != 3:
-            words.append(f"num_stages={self.options.num_stages}")
-        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -126,70 +94,24 @@ class Row:
     def key(self) -> tuple[str, str, int, int]:
         return self.kernel, self.arguments, self.warps, self.sm
 
-    def faults(self) -> list[str]:
-        """What no kernel may have, in words."""
-        where = f"{self.kernel} ({self.arguments}, {self.warps} warps) on sm_{self.sm}"
-        found = []
-        if self.spills or self.stack_bytes:
-            found.append(f"{where} spills: {self.spills} local loads and stores, {self.stack_bytes} bytes of stack")
-        if self.shared_bytes > SHARED[self.sm]:
-            found.append(f"{where} cannot start: {self.shared_bytes} bytes of shared memory")
-        for address, widths in self.narrow.items():
-            if address not in NARROW.get(self.kernel, {}):
-                found.append(f"{where} has narrow accesses at `{address}`: {widths}")
-        return found
 
-
-class _RunOperators(TorchDispatchMode):
-    """Runs our operators' own code on tensors without data, where torch would only work out the shapes."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "fastcpt":
-            func = torch._library.custom_ops._maybe_get_opdef(func)._init_fn
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def caught() -> Iterator[dict[str, Launch]]:
-    """Launches within, of kernels on tensors without data, by a key that is equal for the same machine code."""
-    if launch.INTERPRETED:
-        raise UserError("TRITON_INTERPRET is set: kernels are then interpreted and cannot be compiled; unset it")
-    launches: dict[str, Launch] = {}
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-
-    def catch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        bound, specialisation, options = bind(*args, **kwargs)
-        options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialisation, options)
-        blocks = grid(bound) if callable(grid) else grid
-        assert all(0 < size < limit for size, limit in zip(blocks, (2**31, 2**16, 2**16))), (kernel, blocks)
-        found = Launch(kernel, signature, constants, attributes, options)
-        launches.setdefault(f"{found.name} {found.arguments} {options}", found)
-
-    before, JITFunction.run = JITFunction.run, catch
-    try:
-        with _RunOperators():
-            yield launches
-    finally:
-        JITFunction.run = before
-
-
-def kernel_modules() -> list[ModuleType]:
-    names = [entry.name for entry in pkgutil.iter_modules(fastcpt.kernels.__path__)]
-    return [importlib.import_module(f"fastcpt.kernels.{name}") for name in sorted(names)]
-
-
-def kernels(modules: Sequence[ModuleType]) -> set[str]:
-    """Names of the kernels that are launched: functions under @triton.jit that no other one calls."""
-    found, called = set(), set()
-    for module in modules:
-        for function in vars(module).values():
-            if isinstance(function, JITFunction) and function.fn.__module__ == module.__name__:
-                found.add(_name(function))
-                names = {node.id for node in ast.walk(function.parse()) if isinstance(node, ast.Name)}
-                named = [function.fn.__globals__.get(name) for name in names]
-                called |= {_name(each) for each in named if isinstance(each, JITFunction)}
-    return found - called
+def faults(rows: Sequence[Row]) -> list[str]:
+    """What no kernel may have, in words."""
+    found, narrow = [], defaultdict(list)
+    for row in rows:
+        constants = " ".join(word for word in row.arguments.split() if "=" in word)
+        where = f"{row.kernel} ({constants}, {row.warps} warps) on sm_{row.sm}"
+        if row.spills or row.stack_bytes:
+            found.append(f"{where} spills: {row.spills} local loads and stores, {row.stack_bytes} bytes of stack")
+        if row.shared_bytes > SHARED[row.sm]:
+            found.append(f"{where} cannot start: {row.shared_bytes} bytes of shared memory")
+        for address in row.narrow.keys() - NARROW.get(row.kernel, {}).keys():
+            narrow[row.kernel, address].append(row)
+    for (kernel, address), group in narrow.items():
+        widths = ", ".join(sorted({row.narrow[address] for row in group}))
+        presets = " ".join(dict.fromkeys(" ".join(row.presets for row in group).split()))
+        found.append(f"{kernel} has narrow accesses at `{address}`: {widths}, in {len(group)} rows, for {presets}")
+    return found
 
 
 def _tool(tool: str, path: str, *options: str) -> str:
@@ -197,58 +119,85 @@ def _tool(tool: str, path: str, *options: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def compiled(found: Launch, sm: int, presets: str = "") -> Row:
-    """Compiles a launch for a chip and reads what came of it."""
+def compiled(found: Launch, sm: int, presets: str) -> tuple[Row, bytes]:
+    """Compiles a launch for a chip -> its row, but for what the machine code says, and the machine code."""
     source = ASTSource(found.kernel, found.signature, found.constants, found.attributes)
     options = {**found.options.__dict__, "arch": f"sm{sm}"}
     result = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(result.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", file.name, "-res-usage")
-        machine_code = _tool("nvdisasm", file.name, "--print-line-info")
-    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    names: Counter[str] = Counter()
-    widths: dict[str, Counter[int]] = defaultdict(Counter)
-    narrow: dict[str, Counter[int]] = defaultdict(Counter)
-    for operation, file_name, line in _operations(machine_code):
-        name, *suffixes = operation.split(".")
-        names[name] += 1
-        if name in LOADS + STORES:
-            sized = [int(match[1]) for suffix in suffixes if (match := re.fullmatch(r"[US]?(8|16|64|128|256)", suffix))]
-            bits = sized[0] if sized else 32
-            widths["loads" if name in LOADS else "stores"][bits] += 1
-            if bits < 128:
-                narrow[_addresses(file_name).get(line, f"{file_name}:{line}")][bits] += 1
-    assert names and resources["REG"], usage
-    return Row(
-        kernel=found.name, arguments=found.arguments, warps=found.options.num_warps, sm=sm,
-        registers=resources["REG"], stack_bytes=resources["STACK"] + resources["LOCAL"],
-        spills=names["LDL"] + names["STL"], shared_bytes=result.metadata.shared,
-        loads=_counted(widths["loads"]), stores=_counted(widths["stores"]),
-        atomics=names["ATOM"] + names["ATOMG"] + names["RED"] + names["REDG"],
-        narrow={address: _counted(counts) for address, counts in sorted(narrow.items())}, presets=presets,
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", result.asm["cubin"], "-res-usage")))
+    row = Row(
+        kernel=found.name, arguments=found.arguments, warps=found.options.num_warps, sm=sm, presets=presets,
+        registers=int(usage["REG"]), stack_bytes=int(usage["STACK"]) + int(usage["LOCAL"]),
+        shared_bytes=result.metadata.shared, narrow=_narrow(result.asm["ptx"]),
+        spills=0, loads="", stores="", atomics=0,
     )  # fmt: skip
+    return row, _text(result.asm["cubin"])
 
 
-def _operations(machine_code: str) -> Iterator[tuple[str, str, int]]:
-    """Each instruction without its operands, and the line of the source that it came from."""
-    file_name, line = "", 0
-    for text in machine_code.splitlines():
-        if where := re.match(r"\s*//## File \"(.+)\", line (\d+)", text):
-            file_name, line = where[1], int(where[2])
-        elif operation := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", text):
-            yield operation[1], file_name, line
+def _tool(tool: str, content: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        command = [getattr(triton.knobs.nvidia, tool).path, *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _narrow(ptx: str) -> dict[str, str]:
+    """Where in the source accesses of fewer than 128 bits are; the compiler's last stage widens and splits none."""
+    files = dict(re.findall(r'\.file\s+(\d+) "(.+)"', ptx))
+    found: dict[str, Counter[int]] = defaultdict(Counter)
+    where = ("", 0, 0)
+    for line in ptx.splitlines():
+        if place := re.match(r"\s*\.loc\s+(\d+) (\d+) (\d+)", line):
+            where = files[place[1]], int(place[2]), int(place[3])
+        elif access := re.search(r"\b(?:ld|st)\.(?:[\w:]+\.)*global\.(?:[\w:]+\.)*?(?:v(\d)\.)?[bfsu](\d+)\b", line):
+            bits = int(access[1] or 1) * int(access[2])
+        elif access := re.search(r"\bcp\.async\.c[ag]\.shared\.global .*\], 0x(\w+)", line):
+            bits = int(access[1], 16) * 8
+        else:
+            continue
+        if not place and bits < 128:
+            found[_address(*where)][bits] += 1
+    return {address: _counted(widths) for address, widths in sorted(found.items())}
 
 
 @cache
-def _addresses(file_name: str) -> dict[int, str]:
-    """The first argument of each tl.load, tl.store and atomic of a file, by line."""
+def _memory_calls(file_name: str) -> list[ast.Call]:
     calls = [node for node in ast.walk(ast.parse(Path(file_name).read_text())) if isinstance(node, ast.Call)]
-    memory = [node for node in calls if re.match(r"tl\.(load|store|atomic)", ast.unparse(node.func))]
-    return {
-        line: ast.unparse(node.args[0]) for node in memory for line in range(node.lineno, (node.end_lineno or 0) + 1)
-    }
+    return [call for call in calls if re.fullmatch(r"tl\.(load|store)", ast.unparse(call.func))]
+
+
+def _address(file_name: str, line: int, column: int) -> str:
+    """The first argument of the innermost tl.load or tl.store around a place in the source."""
+    around = [
+        call for call in _memory_calls(file_name)
+        if (call.lineno, call.col_offset) <= (line, column - 1) < (call.end_lineno, call.end_col_offset)
+    ]  # fmt: skip
+    return (
+        ast.unparse(max(around, key=lambda call: (call.lineno, call.col_offset)).args[0]) if around else f"line {line}"
+    )
+
+
+def _text(cubin: bytes) -> bytes:
+    """The section of an ELF file that holds the machine code."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<II4Q", cubin, table + number * size) for number in range(count)]
+    strings = sections[names][4]
+    (code,) = (each for each in sections if cubin.startswith(b".text.", strings + each[0]))
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def disassembled(codes: Sequence[bytes], sm: int) -> list[list[str]]:
+    """The instructions of each kernel, without operands. Together, for nvdisasm takes longer to start than to work."""
+    name = sm_arch_from_capability(sm).replace("_", "").replace("sm", "SM")
+    printed = _tool("nvdisasm", b"".join(codes), "--binary", name)
+    starts = list(accumulate(map(len, codes), initial=0))
+    found: list[list[str]] = [[] for _ in codes]
+    for address, operation in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", printed):
+        found[bisect_right(starts, int(address, 16)) - 1].append(operation)
+    assert all(len(operations) * 16 == len(code) for operations, code in zip(found, codes)), "an instruction is lost"
+    return found
 
 
 def _counted(widths: Counter[int]) -> str:
@@ -256,27 +205,33 @@ def _counted(widths: Counter[int]) -> str:
     return " ".join(f"{bits}x{count}" for bits, count in sorted(widths.items(), reverse=True))
 
 
-def launches_of_presets(tokens: Sequence[int] = (8 * 2048, 32 * 2048)) -> tuple[list[Launch], list[str]]:
-    """All launches, and beside each the presets that need it; the larger micro-batch has more than 2^31 logits."""
-    found: dict[str, Launch] = {}
-    presets: dict[str, list[str]] = defaultdict(list)
-    for name, arch in PRESETS.items():
-        with caught() as launches:
-            for module in kernel_modules():
-                for count in tokens:
-                    for call in CASES.get(module.__name__.rpartition(".")[2], lambda *_: [])(arch, count, "meta"):
-                        call()
-        for key, each in launches.items():
-            found.setdefault(key, each)
-            presets[key].append(name.removeprefix("pythia-"))
-    return list(found.values()), [" ".join(names) for names in presets.values()]
+def _widths(operations: Sequence[str], names: Sequence[str]) -> Counter[int]:
+    """Instructions by width, which is a suffix; without one it is 32 bits."""
+    suffixes = [suffixes for name, *suffixes in (operation.split(".") for operation in operations) if name in names]
+    sizes = [re.findall(r"\b[US]?(8|16|64|128|256)\b", " ".join(each)) for each in suffixes]
+    return Counter(int(size[0]) if size else 32 for size in sizes)
 
 
 def examine(launches: Sequence[Launch], presets: Sequence[str], chips: Sequence[int] = tuple(SHARED)) -> list[Row]:
-    """Every launch compiled for every chip, on all processors: most of the time is spent outside of Python."""
-    jobs = [(found, sm, names) for found, names in zip(launches, presets, strict=True) for sm in chips]
+    """Every launch compiled for every chip, on all processors."""
+    jobs = [(found, sm, names) for sm in chips for found, names in zip(launches, presets, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(lambda job: compiled(*job), jobs))
+        built = list(pool.map(lambda job: compiled(*job), jobs))
+    rows = []
+    for sm in chips:
+        of_chip, codes = zip(*((row, code) for row, code in built if row.sm == sm))
+        for row, operations in zip(of_chip, disassembled(codes, sm), strict=True):
+            names = Counter(operation.partition(".")[0] for operation in operations)
+            loads, stores = _widths(operations, LOADS), _widths(operations, STORES)
+            known = {width.partition("x")[0] for widths in row.narrow.values() for width in widths.split()}
+            lost = Counter(
+                {bits: count for bits, count in (loads + stores).items() if bits < 128 and str(bits) not in known}
+            )
+            rows.append(replace(
+                row, loads=_counted(loads), stores=_counted(stores), spills=names["LDL"] + names["STL"],
+                atomics=sum(names[name] for name in ATOMICS),
+                narrow={**row.narrow, **({"the machine code": _counted(lost)} if lost else {})},
+            ))  # fmt: skip
     return sorted(rows, key=lambda row: row.key)
 
 
@@ -322,65 +277,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([f"{chips}; loads and stores are BITSxINSTRUCTIONS in the machine code", *body])
 
 
-def main(output: Path | None = None, chips: Sequence[int] = tuple(SHARED)) -> None:
+def main(output: Path | None = None) -> None:
     """Prints both tables, writes them to a folder if asked, and says what is wrong."""
-    rows = examine(*launches_of_presets(), chips)
+    rows = examine(*launches_of_presets())
     print(table(rows))
     if output is not None:
         write_csv(rows, output / CSV)
         print(f"written: {output / CSV}")
     missing = kernels(kernel_modules()) - {row.kernel for row in rows}
-    faults = [fault for row in rows for fault in row.faults()] + [
-        f"{name} was not launched" for name in sorted(missing)
-    ]
-    print(
-        "\n".join(faults) if faults else "no spills, no stack, no narrow access that is not accounted for", flush=True
-    )
+    wrong = faults(rows) + [f"{name} was not launched" for name in sorted(missing)]
+    print("\n".join(wrong or ["no spills, no stack, no narrow access that is not accounted for"]), flush=True)
     # Bytes moved come from the interpreter, which is chosen when a kernel is defined: in another process.
     command = [sys.executable, "-m", "fastcpt.benchmarks.traffic", *(["--output", str(output)] if output else [])]
     subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
-def _cross_entropy(arch: Architecture, tokens: int, device: str) -> Iterator[Callable[[], Any]]:
-    """In place and not, for a sum (whose gradient has stride 0) and with a gradient of its own for each token."""
-    from fastcpt.kernels.cross_entropy import cross_entropy
-
-    targets = torch.zeros(tokens, dtype=torch.int64, device=device)
-
-    def call(inplace: bool, weighted: bool) -> None:
-        leaf = torch.empty(tokens, arch.vocab_size, dtype=torch.bfloat16, device=device, requires_grad=True)
-        losses = cross_entropy(leaf * 1, targets, inplace=inplace)
-        gradient = torch.ones_like(losses) if weighted else torch.ones((), device=device).expand_as(losses)
-        losses.backward(gradient)
-
-    for inplace in (True, False):
-        for weighted in (False, True):
-            yield partial(call, inplace, weighted)
-
-
-def _gelu(arch: Architecture, tokens: int, device: str) -> Iterator[Callable[[], Any]]:
-    from fastcpt.kernels.gelu import bias_gelu
-
-    def call(approximate: str) -> None:
-        x = torch.empty(tokens, arch.mlp_width, dtype=torch.bfloat16, device=device, requires_grad=True)
-        bias = torch.empty(arch.mlp_width, device=device, requires_grad=True)
-        y = bias_gelu(x, bias, approximate)
-        y.backward(torch.empty_like(y))
-
-    for approximate in ("none", "tanh"):
-        yield partial(call, approximate)
-
-
-# What to run of each module, forward and backward: calls of its public functions.
-CASES: dict[str, Callable[[Architecture, int, str], Iterator[Callable[[], Any]]]] = {
-    "cross_entropy": _cross_entropy,
-    "gelu": _gelu,
-}
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"write FOLDER/{CSV}")
-    parser.add_argument("--sm", type=int, choices=SHARED, action="append", help="this chip alone (default: all)")
-    arguments = parser.parse_args()
-    main(arguments.output, arguments.sm or tuple(SHARED))
+    main(parser.parse_args().output)

@@ -50,6 +50,10 @@ TABLE = {
     "bias + gelu, backward": Floor(
         "value", 6, "the bias, and one row of partial sums for 128 rows, which torch adds up"
     ),
+    "sum of three and two norms, forward": Floor("value", 12, "weights and biases, served by the cache"),
+    "sum of three and two norms, backward": Floor(
+        "value", 10, "weights, and partial sums of their gradients: a part that shrinks with the rows a program has"
+    ),
 }
 
 
@@ -154,7 +158,23 @@ def _gelu() -> Iterator[Case]:
     yield "bias + gelu, backward", x.numel(), partial(torch.autograd.grad, y, (x, bias), torch.randn_like(y))
 
 
-CASES = (_cross_entropy, _gelu)
+def _layer_norm() -> Iterator[Case]:
+    from fastcpt.kernels.layer_norm import layer_norm
+
+    x, a, b = torch.randn(3, 1024, 1024).bfloat16().requires_grad_().unbind()
+    parameters = [torch.randn(1024).requires_grad_() for _ in range(4)]
+    forward = partial(layer_norm, x, [a, b], [(parameters[0], parameters[1]), (parameters[2], parameters[3])])
+    outputs = forward()
+    gradients = [torch.randn_like(y) for y in outputs]
+    yield "sum of three and two norms, forward", x.numel(), forward
+    yield (
+        "sum of three and two norms, backward",
+        x.numel(),
+        partial(torch.autograd.grad, outputs, (x, *parameters), gradients),
+    )
+
+
+CASES = (_cross_entropy, _gelu, _layer_norm)
 
 
 @dataclass(frozen=True)
