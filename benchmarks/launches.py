@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import fastcpt.kernels
 from fastcpt import UserError
 from fastcpt.kernels import launch
-from fastcpt.model import PRESETS, Architecture
+from fastcpt.model import PRESETS, Architecture, GPTNeoX
 
 
 def _name(kernel: JITFunction) -> str:
@@ -114,6 +114,25 @@ def kernels(modules: Sequence[ModuleType]) -> set[str]:
     return found - called
 
 
+def _adamw(arch: Architecture, tokens: int, device: str) -> Iterator[Callable[[], Any]]:
+    from fastcpt.kernels.adamw import adamw_step
+
+    with torch.device(device):
+        parameters = list(GPTNeoX(arch).parameters())
+        step = torch.empty(())
+
+    def call(moments: torch.dtype) -> None:
+        gradients, first, second = (
+            [torch.empty_like(p, dtype=dtype) for p in parameters] for dtype in (torch.float32, moments, moments)
+        )
+        adamw_step(
+            parameters, gradients, first, second, [0.1] * len(parameters), step, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, clip=1.0
+        )  # fmt: skip
+
+    for moments in (torch.float32, torch.bfloat16):
+        yield partial(call, moments)
+
+
 def _cross_entropy(arch: Architecture, tokens: int, device: str) -> Iterator[Callable[[], Any]]:
     """In place and not, for a sum (whose gradient has stride 0) and with a gradient of its own for each token."""
     from fastcpt.kernels.cross_entropy import cross_entropy
@@ -162,11 +181,27 @@ def _layer_norm(arch: Architecture, tokens: int, device: str) -> Iterator[Callab
         yield partial(call, addends, norms, sum_used)
 
 
+def _linear_cross_entropy(arch: Architecture, tokens: int, device: str) -> Iterator[Callable[[], Any]]:
+    from fastcpt.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
+
+    def call(summed: bool) -> None:
+        x = torch.empty(tokens, arch.width, dtype=torch.bfloat16, device=device, requires_grad=True)
+        weight = torch.empty(arch.vocab_size, arch.width, device=device, requires_grad=True)
+        targets = torch.empty(tokens, dtype=torch.int64, device=device)
+        loss = linear_cross_entropy_sum(x, weight, targets)[0] if summed else linear_cross_entropy(x, weight, targets)
+        loss.backward(torch.empty_like(loss))
+
+    for summed in (True, False):
+        yield partial(call, summed)
+
+
 # What to run of each module, forward and backward: calls of its public functions.
 CASES: dict[str, Callable[[Architecture, int, str], Iterator[Callable[[], Any]]]] = {
+    "adamw": _adamw,
     "cross_entropy": _cross_entropy,
     "gelu": _gelu,
     "layer_norm": _layer_norm,
+    "linear_cross_entropy": _linear_cross_entropy,
 }
 
 

@@ -41,20 +41,9 @@ CSV = "kernels_static.csv"
 LOADS = ("LDG", "LD", "LDGSTS")
 STORES = ("STG", "ST")
 ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")
-# Accesses of fewer than 128 bits, by kernel and by the address in its source, and why they cost nothing.
+# Accesses of fewer than 128 bits that are not of a single value a program (which cannot be wider), by kernel and by the
+# address in its source, and why they cost nothing.
 NARROW: dict[str, dict[str, str]] = {
-    "cross_entropy._forward_kernel": {
-        "targets_ptr + row": "one a row",
-        "logits_ptr + target": "one a row",
-        "losses_ptr + row": "one a row",
-        "lse_ptr + row": "one a row",
-    },
-    "cross_entropy._backward_kernel": {
-        "targets_ptr + row": "one a row",
-        "gradient_ptr + row * gradient_stride": "one a row",
-        "lse_ptr + row": "one a row",
-    },
-    "cross_entropy._scale_kernel": {"gradient_ptr + row * gradient_stride": "one a row"},
     "layer_norm.layer_norm_forward_kernel": {
         "stats_ptr + rows": "one a row",
         "stats_ptr + N + rows": "one a row",
@@ -72,8 +61,8 @@ NARROW: dict[str, dict[str, str]] = {
 class Row:
     """One specialisation compiled for one chip.
 
-    Loads from and stores to global memory: `BITSxINSTRUCTIONS`, widest first. Narrow: those of fewer than 128 bits, by
-    the address in the kernel's source, as a mapping from it to the same.
+    Loads from and stores to global memory: `BITSxINSTRUCTIONS`, widest first. Narrow: those of fewer than 128 bits but
+    for single values, the same, by the address in the kernel's source.
     """
 
     kernel: str
@@ -128,7 +117,7 @@ def compiled(found: Launch, sm: int, presets: str) -> tuple[Row, bytes]:
     row = Row(
         kernel=found.name, arguments=found.arguments, warps=found.options.num_warps, sm=sm, presets=presets,
         registers=int(usage["REG"]), stack_bytes=int(usage["STACK"]) + int(usage["LOCAL"]),
-        shared_bytes=result.metadata.shared, narrow=_narrow(result.asm["ptx"]),
+        shared_bytes=result.metadata.shared, narrow=_narrow(result.asm["ptx"], _single_values(result.asm["ttgir"])),
         spills=0, loads="", stores="", atomics=0,
     )  # fmt: skip
     return row, _text(result.asm["cubin"])
@@ -142,8 +131,21 @@ def _tool(tool: str, content: bytes, *options: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _narrow(ptx: str) -> dict[str, str]:
-    """Where in the source accesses of fewer than 128 bits are; the compiler's last stage widens and splits none."""
+def _single_values(ttgir: str) -> set[str]:
+    """Addresses in the source where one value is read or written, and not a block of them."""
+    places = dict(re.findall(r"(#loc\d*) = loc\((.+)\)", ttgir))
+
+    def address(place: str) -> str:
+        """Of a place, or of the innermost call of those that it consists of."""
+        while not (found := re.match(r'"(.+)":(\d+):(\d+)', place)):
+            place = places[re.findall(r"#loc\d*", place)[0]]
+        return _address(found[1], int(found[2]), int(found[3]))
+
+    return {address(place) for place in re.findall(r"tt\.(?:load|store) .* : !tt\.ptr<\w+> loc\((.+)\)", ttgir)}
+
+
+def _narrow(ptx: str, single_values: set[str]) -> dict[str, str]:
+    """Where in the source narrow accesses of blocks are; the compiler's last stage widens and splits none."""
     files = dict(re.findall(r'\.file\s+(\d+) "(.+)"', ptx))
     found: dict[str, Counter[int]] = defaultdict(Counter)
     where = ("", 0, 0)
@@ -158,7 +160,7 @@ def _narrow(ptx: str) -> dict[str, str]:
             continue
         if not place and bits < 128:
             found[_address(*where)][bits] += 1
-    return {address: _counted(widths) for address, widths in sorted(found.items())}
+    return {address: _counted(widths) for address, widths in sorted(found.items()) if address not in single_values}
 
 
 @cache
@@ -223,14 +225,9 @@ def examine(launches: Sequence[Launch], presets: Sequence[str], chips: Sequence[
         for row, operations in zip(of_chip, disassembled(codes, sm), strict=True):
             names = Counter(operation.partition(".")[0] for operation in operations)
             loads, stores = _widths(operations, LOADS), _widths(operations, STORES)
-            known = {width.partition("x")[0] for widths in row.narrow.values() for width in widths.split()}
-            lost = Counter(
-                {bits: count for bits, count in (loads + stores).items() if bits < 128 and str(bits) not in known}
-            )
             rows.append(replace(
                 row, loads=_counted(loads), stores=_counted(stores), spills=names["LDL"] + names["STL"],
                 atomics=sum(names[name] for name in ATOMICS),
-                narrow={**row.narrow, **({"the machine code": _counted(lost)} if lost else {})},
             ))  # fmt: skip
     return sorted(rows, key=lambda row: row.key)
 

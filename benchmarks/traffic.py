@@ -11,6 +11,7 @@ activations and fp32 parameters. Nothing here is a measurement of a GPU.
 import argparse
 import csv
 import datetime
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
@@ -42,17 +43,25 @@ class Floor:
 
 
 TABLE = {
+    "adamw, norm of the gradients": Floor("parameter", 4, "the table of addresses and a partial sum for each block"),
+    "adamw, update": Floor("parameter", 28, "the table of addresses"),
+    "adamw, update with bf16 moments": Floor("parameter", 20, "the table of addresses"),
     "cross_entropy in place, forward and backward": Floor(
         "logit", 4, "the row is read twice; the second read is served by L2, so that 4 reach DRAM"
     ),
     "cross_entropy, forward and backward": Floor("logit", 6),
+    "linear_cross_entropy, sum of the losses": Floor(
+        "logit", 4, "in-place cross-entropy; beside it three matrix products"
+    ),
     "bias + gelu, forward": Floor("value", 4, "the bias, served by the cache"),
     "bias + gelu, backward": Floor(
         "value", 6, "the bias, and one row of partial sums for 128 rows, which torch adds up"
     ),
     "sum of three and two norms, forward": Floor("value", 12, "weights and biases, served by the cache"),
     "sum of three and two norms, backward": Floor(
-        "value", 10, "weights, and partial sums of their gradients: a part that shrinks with the rows a program has"
+        "value",
+        10,
+        "weights; partial sums of their gradients, once for 32 rows (as 16,384 rows on an H100), and their sum",
     ),
 }
 
@@ -65,13 +74,13 @@ class Traffic:
     stores: int = 0
     dram: int = 0
     torch: int = 0
-    touched: dict[str, list[np.ndarray]] | None = None
+    touched: dict[tuple[str, int], list[np.ndarray]] | None = None
 
     def access(self, kind: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
         assert self.touched is not None
         found = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[mask]
         setattr(self, kind, getattr(self, kind) + found.size * size)
-        self.touched[kind].append(np.repeat(found, size) + np.tile(np.arange(size, dtype=found.dtype), found.size))
+        self.touched[kind, size].append(found)
 
 
 class _CountTorch(TorchDispatchMode):
@@ -106,9 +115,10 @@ def counted() -> Iterator[Traffic]:
     rmw = InterpreterBuilder.create_atomic_rmw
 
     def counted_run(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        traffic.touched = {"loads": [], "stores": []}
+        traffic.touched = defaultdict(list)
         run(kernel, *args, **kwargs)
-        traffic.dram += sum(np.unique(np.concatenate(found)).size for found in traffic.touched.values() if found)
+        for (_, size), found in traffic.touched.items():
+            traffic.dram += np.unique(np.concatenate(found)).size * size
         traffic.touched = None
 
     def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
@@ -137,6 +147,23 @@ def counted() -> Iterator[Traffic]:
 Case = tuple[str, int, Callable[[], Any]]  # its name in TABLE, how many units, and what to count
 
 
+def _adamw() -> Iterator[Case]:
+    from fastcpt.kernels.adamw import adamw_step, gradient_square
+
+    shapes = [(512, 256), (1024,), (256,)]
+    gradients = [torch.randn(shape) for shape in shapes]
+    parameters = sum(gradient.numel() for gradient in gradients)
+    yield "adamw, norm of the gradients", parameters, partial(gradient_square, gradients)
+    square = gradient_square(gradients)
+    for name, dtype in (("adamw, update", torch.float32), ("adamw, update with bf16 moments", torch.bfloat16)):
+        moments = [[torch.zeros(shape, dtype=dtype) for shape in shapes] for _ in range(2)]
+        run = partial(
+            adamw_step, [torch.randn(shape) for shape in shapes], gradients, *moments, [0.1] * len(shapes), torch.zeros(()),
+            lr=3e-4, betas=(0.9, 0.95), eps=1e-8, clip=1.0, square=square,
+        )  # fmt: skip
+        yield name, parameters, run
+
+
 def _cross_entropy() -> Iterator[Case]:
     from fastcpt.kernels.cross_entropy import cross_entropy
 
@@ -149,10 +176,21 @@ def _cross_entropy() -> Iterator[Case]:
     yield "cross_entropy in place, forward and backward", logits.numel(), partial(run, True)
 
 
+def _linear_cross_entropy() -> Iterator[Case]:
+    from fastcpt.kernels.linear_cross_entropy import linear_cross_entropy_sum
+
+    x, weight = torch.randn(256, 64).bfloat16().requires_grad_(), torch.randn(4096, 64).requires_grad_()
+
+    def run() -> None:
+        torch.autograd.grad(linear_cross_entropy_sum(x, weight, torch.arange(256))[0], (x, weight))
+
+    yield "linear_cross_entropy, sum of the losses", 256 * 4096, run
+
+
 def _gelu() -> Iterator[Case]:
     from fastcpt.kernels.gelu import bias_gelu
 
-    x, bias = torch.randn(512, 2048).bfloat16().requires_grad_(), torch.zeros(2048, requires_grad=True)
+    x, bias = torch.randn(256, 1024).bfloat16().requires_grad_(), torch.zeros(1024, requires_grad=True)
     y = bias_gelu(x, bias)
     yield "bias + gelu, forward", x.numel(), partial(bias_gelu, x, bias)
     yield "bias + gelu, backward", x.numel(), partial(torch.autograd.grad, y, (x, bias), torch.randn_like(y))
@@ -161,8 +199,8 @@ def _gelu() -> Iterator[Case]:
 def _layer_norm() -> Iterator[Case]:
     from fastcpt.kernels.layer_norm import layer_norm
 
-    x, a, b = torch.randn(3, 1024, 1024).bfloat16().requires_grad_().unbind()
-    parameters = [torch.randn(1024).requires_grad_() for _ in range(4)]
+    x, a, b = torch.randn(3, 512, 256).bfloat16().requires_grad_().unbind()
+    parameters = [torch.randn(256).requires_grad_() for _ in range(4)]
     forward = partial(layer_norm, x, [a, b], [(parameters[0], parameters[1]), (parameters[2], parameters[3])])
     outputs = forward()
     gradients = [torch.randn_like(y) for y in outputs]
@@ -174,7 +212,7 @@ def _layer_norm() -> Iterator[Case]:
     )
 
 
-CASES = (_cross_entropy, _gelu, _layer_norm)
+CASES = (_adamw, _cross_entropy, _linear_cross_entropy, _gelu, _layer_norm)
 
 
 @dataclass(frozen=True)
