@@ -103,24 +103,25 @@ def faults(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def _tool(tool: str, path: str, *options: str) -> str:
-    command = [getattr(triton.knobs.nvidia, tool).path, *options, path]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def compiled(found: Launch, sm: int, presets: str) -> tuple[Row, bytes]:
-    """Compiles a launch for a chip -> its row, but for what the machine code says, and the machine code."""
+def compiled(found: Launch, sm: int, presets: str) -> tuple[Row, bytes, set[int]]:
+    """Compiles a launch for a chip -> its row, but for what the machine code says; the machine code; widths in the PTX."""
     source = ASTSource(found.kernel, found.signature, found.constants, found.attributes)
     options = {**found.options.__dict__, "arch": f"sm{sm}"}
     result = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", result.asm["cubin"], "-res-usage")))
+    accesses, single = _accesses(result.asm["ptx"]), _single_values(result.asm["ttgir"])
+    narrow = {
+        address: _counted(Counter({bits: count for bits, count in widths.items() if bits < 128}))
+        for address, widths in sorted(accesses.items())
+        if address not in single and min(widths) < 128
+    }
     row = Row(
         kernel=found.name, arguments=found.arguments, warps=found.options.num_warps, sm=sm, presets=presets,
         registers=int(usage["REG"]), stack_bytes=int(usage["STACK"]) + int(usage["LOCAL"]),
-        shared_bytes=result.metadata.shared, narrow=_narrow(result.asm["ptx"], _single_values(result.asm["ttgir"])),
+        shared_bytes=result.metadata.shared, narrow=narrow,
         spills=0, loads="", stores="", atomics=0,
     )  # fmt: skip
-    return row, _text(result.asm["cubin"])
+    return row, _text(result.asm["cubin"]), set().union(*accesses.values())
 
 
 def _tool(tool: str, content: bytes, *options: str) -> str:
@@ -144,8 +145,8 @@ def _single_values(ttgir: str) -> set[str]:
     return {address(place) for place in re.findall(r"tt\.(?:load|store) .* : !tt\.ptr<\w+> loc\((.+)\)", ttgir)}
 
 
-def _narrow(ptx: str, single_values: set[str]) -> dict[str, str]:
-    """Where in the source narrow accesses of blocks are; the compiler's last stage widens and splits none."""
+def _accesses(ptx: str) -> dict[str, Counter[int]]:
+    """The widths of accesses to global memory by their address in the source; PTX says where each comes from."""
     files = dict(re.findall(r'\.file\s+(\d+) "(.+)"', ptx))
     found: dict[str, Counter[int]] = defaultdict(Counter)
     where = ("", 0, 0)
@@ -158,9 +159,9 @@ def _narrow(ptx: str, single_values: set[str]) -> dict[str, str]:
             bits = int(access[1], 16) * 8
         else:
             continue
-        if not place and bits < 128:
+        if not place:
             found[_address(*where)][bits] += 1
-    return {address: _counted(widths) for address, widths in sorted(found.items()) if address not in single_values}
+    return found
 
 
 @cache
@@ -221,10 +222,11 @@ def examine(launches: Sequence[Launch], presets: Sequence[str], chips: Sequence[
         built = list(pool.map(lambda job: compiled(*job), jobs))
     rows = []
     for sm in chips:
-        of_chip, codes = zip(*((row, code) for row, code in built if row.sm == sm))
-        for row, operations in zip(of_chip, disassembled(codes, sm), strict=True):
+        of_chip, codes, known_widths = zip(*(each for each in built if each[0].sm == sm))
+        for row, operations, known in zip(of_chip, disassembled(codes, sm), known_widths, strict=True):
             names = Counter(operation.partition(".")[0] for operation in operations)
             loads, stores = _widths(operations, LOADS), _widths(operations, STORES)
+            assert set(loads | stores) <= known, f"{row.kernel}: accesses that its PTX does not have"
             rows.append(replace(
                 row, loads=_counted(loads), stores=_counted(stores), spills=names["LDL"] + names["STL"],
                 atomics=sum(names[name] for name in ATOMICS),
@@ -276,17 +278,22 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(output: Path | None = None) -> None:
     """Prints both tables, writes them to a folder if asked, and says what is wrong."""
-    rows = examine(*launches_of_presets())
-    print(table(rows))
-    if output is not None:
-        write_csv(rows, output / CSV)
-        print(f"written: {output / CSV}")
-    missing = kernels(kernel_modules()) - {row.kernel for row in rows}
-    wrong = faults(rows) + [f"{name} was not launched" for name in sorted(missing)]
-    print("\n".join(wrong or ["no spills, no stack, no narrow access that is not accounted for"]), flush=True)
-    # Bytes moved come from the interpreter, which is chosen when a kernel is defined: in another process.
+    launches, presets = launches_of_presets()
+    # Bytes moved come from the interpreter, which is chosen when a kernel is defined: meanwhile, in another process.
     command = [sys.executable, "-m", "fastcpt.benchmarks.traffic", *(["--output", str(output)] if output else [])]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as traffic:
+        rows = examine(launches, presets)
+        print(table(rows))
+        if output is not None:
+            write_csv(rows, output / CSV)
+            print(f"written: {output / CSV}")
+        missing = kernels(kernel_modules()) - {row.kernel for row in rows}
+        wrong = faults(rows) + [f"{name} was not launched" for name in sorted(missing)]
+        print("\n".join(wrong or ["no spills, no stack, no narrow access that is not accounted for"]))
+        print(traffic.communicate()[0], end="")
+    if traffic.returncode:
+        raise subprocess.CalledProcessError(traffic.returncode, command)
 
 
 if __name__ == "__main__":
