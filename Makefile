@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# megatron-core reads our shards in the tests; it is installed alone because its dependencies want a GPU.
+# megatron-core reads our shards in the tests, and they look at what flash-attn-4's functions take; both are installed
+# alone because their dependencies want a GPU.
 INSTALLED := $(VENV)/.installed
 
 all: check test
@@ -12,7 +13,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps megatron-core
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps megatron-core flash-attn-4
 	touch $@
 
 demo: $(INSTALLED)

@@ -219,9 +219,6 @@ def sdpa(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, documents_BT: Tensor | 
     return y_BHTC.transpose(1, 2)
 
 
-attention = sdpa  # of a model that nothing was chosen for
-
-
 def cudnn(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, documents: Tensor | None = None) -> Tensor:
     assert documents is None
     q_BHTC, k_BHTC, v_BHTC = (x.transpose(1, 2) for x in (q_BTHC, k_BTHC, v_BTHC))

@@ -134,6 +134,12 @@ class Train:
     """Use torch.compile."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Dtype of activations and products; parameters, gradients and moments are fp32. bf16 needs hardware that has it."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """auto: our Triton kernels on a GPU, torch on CPU."""
+    loss: Literal["auto", "full", "blocks"] = "auto"
+    """blocks: never more than a block of the logits in memory, slower on a GPU. auto: blocks on CPU, full on a GPU."""
+    attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen"] = "auto"
+    """auto: the fastest that is installed and fits the GPU; sdpa on CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +156,8 @@ class Optim:
     """Of matrices, embeddings included; biases and norms have none."""
     clip: float = 1.0
     """Largest norm of the whole gradient."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of Adam's moments; bf16 ones take half the memory and are rounded stochastically."""
 
 
 @dataclass(frozen=True, kw_only=True)

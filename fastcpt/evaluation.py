@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from fastcpt import lineage, parallel
+from fastcpt.config import Count, Train
 from fastcpt.data import evaluation_windows
-from fastcpt.model import GPTNeoX, document_ids
+from fastcpt.execution import Execution
+from fastcpt.model import GPTNeoX
 from fastcpt.parallel import World
 from fastcpt.progress import Bar
 from fastcpt.shards import ShardSet
@@ -52,10 +54,12 @@ def evaluate(
         indexes = named.windows[first : first + micro_batch]
         rows = len(indexes)
         padded = np.resize(indexes, micro_batch)  # one shape alone, so that a compiled model is compiled once
-        window_BT = torch.from_numpy(named.shards.windows(padded, seq_len).astype(np.int64)).to(world.device)
+        windows = named.shards.windows(padded, seq_len)
+        window_BT = torch.from_numpy(windows.astype(np.int64)).to(world.device)
         tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:].contiguous()
-        documents_BT = document_ids(tokens_BT, named.shards.eod) if document_mask else None
-        losses_BT = model(tokens_BT, targets_BT, documents_BT)[:rows]
+        attend = model.execution.attention
+        documents = attend.documents(windows[:, :-1], named.shards.eod, world.device) if document_mask else None
+        losses_BT = model(tokens_BT, targets_BT, documents)[:rows]
         targets_BT = targets_BT[:rows]
         totals += torch.stack(
             (
@@ -83,7 +87,9 @@ def evaluate_checkpoint(
     world = parallel.start("single")
     model, _, _ = lineage.load_model(source, world.device)
     lineage.check_ids(list(opened.values()), model.arch.vocab_size)
-    model.compute_dtype = torch.bfloat16 if parallel.has_bf16(world.device) else torch.float32
+    model.execution = Execution.choose(
+        Train(tokens=Count(0), batch_tokens=Count(0)), world.device, model.arch.head_width, seq_len, False
+    )
     results = {}
     for name, shards in opened.items():
         named = NamedSet.open(name, "other", shards, seq_len, tokens or len(shards))

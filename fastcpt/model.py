@@ -2,6 +2,9 @@
 
 Shapes: B batch, T time, N = B*T, D model width, H heads, C = D/H head width, R rotated part of a head, V vocabulary.
 
+A block hands its outputs on unadded: the norms that read a residual sum make it (`kernels/layer_norm.py`).
+`Execution` says whether kernels or plain torch compute; both are called here with the same arguments.
+
 Parameters are fp32 and carry the names of the Hugging Face checkpoint (`hf.py`), the packed projection included: the
 rows of `query_key_value` are [q; k; v] of head 0, then of head 1, and so on. Matrices and biases are cast to the
 compute dtype where they are used, so that a compiled graph fuses the cast; norms and the rotation run in fp32; the
@@ -18,9 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcpt import UserError
-from fastcpt.attention import attention
 from fastcpt.config import Model as ModelConfig
-from fastcpt.loss import token_losses
+from fastcpt.execution import Execution
+from fastcpt.kernels.gelu import bias_gelu
+from fastcpt.kernels.layer_norm import layer_norm, layer_norm_reference
+from fastcpt.kernels.qkv_rotary import qkv_rotary, qkv_rotary_reference
+from fastcpt.loss import summed_losses, token_losses
+
+Addends = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -111,11 +119,12 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer normalisation in fp32, its output in the dtype of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+def norms(
+    x_BTD: Tensor, addends: Addends, layers: tuple[nn.LayerNorm, ...], execution: Execution
+) -> tuple[Tensor, ...]:
+    """x plus the addends, and that sum through each of the layers, all in the dtype of x."""
+    function = layer_norm if execution.kernels else layer_norm_reference
+    return function(x_BTD, addends, [(layer.weight, layer.bias) for layer in layers], layers[0].eps)
 
 
 def rotary_table(length: int, arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -127,17 +136,6 @@ def rotary_table(length: int, arch: Architecture, device: torch.device) -> tuple
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotates the first R of each head's C values by its position; computed in fp32."""
-    width = cos_TR.shape[-1]
-    if width == 0:
-        return x_BTHC
-    turned, kept = x_BTHC[..., :width].float(), x_BTHC[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos_TR[:, None] + torch.cat((-second, first), dim=-1) * sin_TR[:, None]
-    return torch.cat((turned.to(x_BTHC.dtype), kept), dim=-1)
-
-
 class Attention(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -145,11 +143,12 @@ class Attention(nn.Module):
         self.query_key_value = Linear(arch.width, 3 * arch.width)
         self.dense = Linear(arch.width, arch.width)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], documents_BT: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], documents: Tensor | None, execution: Execution
+    ) -> Tensor:
         qkv_BTHC = self.query_key_value(x_BTD).unflatten(-1, (self.heads, -1))
-        q_BTHC, k_BTHC, v_BTHC = qkv_BTHC.chunk(3, dim=-1)
-        y_BTHC = attention(rotate(q_BTHC, *rotary), rotate(k_BTHC, *rotary), v_BTHC, documents_BT)
-        return self.dense(y_BTHC.flatten(-2))
+        rotated = (qkv_rotary if execution.kernels else qkv_rotary_reference)(qkv_BTHC, *rotary)
+        return self.dense(execution.attention(*rotated, documents).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -159,58 +158,82 @@ class MLP(nn.Module):
         self.dense_h_to_4h = Linear(arch.width, arch.mlp_width)
         self.dense_4h_to_h = Linear(arch.mlp_width, arch.width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x_BTD), approximate=self.approximate))
+    def forward(self, x_BTD: Tensor, execution: Execution) -> Tensor:
+        inner = self.dense_h_to_4h
+        if execution.kernels:
+            assert inner.bias is not None
+            return self.dense_4h_to_h(
+                bias_gelu(F.linear(x_BTD, inner.weight.to(x_BTD.dtype)), inner.bias, self.approximate)
+            )
+        return self.dense_4h_to_h(F.gelu(inner(x_BTD), approximate=self.approximate))
 
 
 class Block(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.parallel_residual = arch.parallel_residual
-        self.input_layernorm = LayerNorm(arch.width, eps=arch.norm_eps)
-        self.post_attention_layernorm = LayerNorm(arch.width, eps=arch.norm_eps)
+        self.input_layernorm = nn.LayerNorm(arch.width, eps=arch.norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(arch.width, eps=arch.norm_eps)
         self.attention = Attention(arch)
         self.mlp = MLP(arch)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], documents_BT: Tensor | None) -> Tensor:
-        attended_BTD = self.attention(self.input_layernorm(x_BTD), rotary, documents_BT)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        addends: Addends,
+        rotary: tuple[Tensor, Tensor],
+        documents: Tensor | None,
+        execution: Execution,
+    ) -> tuple[Tensor, Addends]:
+        """x plus the addends is the block's input; the result, in the same form, its output."""
+        first, second = self.input_layernorm, self.post_attention_layernorm
         if self.parallel_residual:
-            return x_BTD + attended_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+            x_BTD, normed_BTD, other_BTD = norms(x_BTD, addends, (first, second), execution)
+            attended_BTD = self.attention(normed_BTD, rotary, documents, execution)
+            return x_BTD, (attended_BTD, self.mlp(other_BTD, execution))
+        x_BTD, normed_BTD = norms(x_BTD, addends, (first,), execution)
+        attended_BTD = self.attention(normed_BTD, rotary, documents, execution)
+        x_BTD, normed_BTD = norms(x_BTD, (attended_BTD,), (second,), execution)
+        return x_BTD, (self.mlp(normed_BTD, execution),)
 
 
 class GPTNeoX(nn.Module):
     """The language model. Its first parameters mean nothing: call `initialise_`, or load a checkpoint.
 
-    compute_dtype: torch.float32 or torch.bfloat16, of activations and matrix products. A plain attribute, so that one
-    model can be run in both.
+    execution: a plain attribute, so that one model can be computed in several ways.
     """
 
-    def __init__(self, arch: Architecture, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, arch: Architecture, execution: Execution = Execution()) -> None:  # noqa: B008
         super().__init__()
         self.arch = arch
-        self.compute_dtype = compute_dtype
+        self.execution = execution
         self.embed_in = nn.Embedding(arch.vocab_size, arch.width)
         self.layers = nn.ModuleList(Block(arch) for _ in range(arch.layers))
-        self.final_layer_norm = LayerNorm(arch.width, eps=arch.norm_eps)
+        self.final_layer_norm = nn.LayerNorm(arch.width, eps=arch.norm_eps)
         self.embed_out = Linear(arch.width, arch.vocab_size, bias=False)
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, documents_BT: Tensor | None = None
-    ) -> Tensor:
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, documents: Tensor | None = None, total: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens_BT integer -> logits_BTV in the compute dtype; with targets_BT int64, the losses_BT fp32 instead.
 
-        documents_BT integer: the document of each token; attention then stays within a document (`document_ids`).
+        total: return (the sum of the losses, losses_BT without a gradient), which costs less to train on.
+        documents: from `execution.attention.documents`; attention then stays within a document.
         """
-        x_BTD = F.embedding(tokens_BT, self.embed_in.weight).to(self.compute_dtype)
+        execution = self.execution
+        x_BTD = F.embedding(tokens_BT, self.embed_in.weight).to(execution.dtype)
         rotary = rotary_table(tokens_BT.shape[1], self.arch, tokens_BT.device)
+        addends: Addends = ()
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rotary, documents_BT)
-        x_BTD = self.final_layer_norm(x_BTD)
+            x_BTD, addends = layer(x_BTD, addends, rotary, documents, execution)
+        _, x_BTD = norms(x_BTD, addends, (self.final_layer_norm,), execution)
         if targets_BT is None:
             return self.embed_out(x_BTD)
-        return token_losses(x_BTD.flatten(0, 1), self.embed_out.weight, targets_BT.flatten()).view_as(targets_BT)
+        head = (x_BTD.flatten(0, 1), self.embed_out.weight, targets_BT.flatten(), execution)
+        if total:
+            nats, losses_N = summed_losses(*head)
+            return nats, losses_N.view_as(targets_BT)
+        return token_losses(*head).view_as(targets_BT)
 
     @torch.no_grad()
     def initialise_(self, generator: torch.Generator | None = None) -> None:
@@ -224,9 +247,3 @@ class GPTNeoX(nn.Module):
                 parameter.normal_(0.0, wang if residual else small, generator=generator)
             else:
                 parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-
-
-def document_ids(tokens_BT: Tensor, eod: int) -> Tensor:
-    """The number of each token's document within its row, (B, T) int64; an end-of-document token ends its own."""
-    ends = (tokens_BT == eod).long()
-    return ends.cumsum(dim=1) - ends

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 
-from fastcpt import UserError, checkpoint, hf, lineage, metrics
+from fastcpt import UserError, checkpoint, hf, lineage, memory, metrics
 from fastcpt.config import Config, parse
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
 from fastcpt.metrics import short_count
-from fastcpt.model import Architecture
 from fastcpt.parallel import World
 from fastcpt.schedules import Plan
 
@@ -105,54 +104,6 @@ def uses(prepared: Prepared) -> list[Use]:
         samples, windows = end - before[source.fingerprint], shards.num_windows(seq_len)
         rows.append(Use(source.name, len(shards), windows, samples, samples / max(1, given), end / windows))
     return rows
-
-
-def saved_bytes(arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool) -> int:
-    """Bytes that autograd keeps of an eager forward pass of `model.py`: the log-softmax and the casts left out.
-
-    A layer keeps, a token, with D the width, M the MLP's, H heads, T tokens a sequence, e bytes of the compute dtype:
-      4 D x 2    inputs of both norms, fp32: copies in bf16; in fp32 the residual stream itself, once if parallel
-      4 x 4      mean and deviation of both
-      e D x 2    outputs of both norms, inputs of the next products
-      3 e D      the packed product, for its v; + 2 e D for q and k if they are rotated, else they are views of it
-      e D + 4 H  output of attention (the input of the next product) and its log-sum-exp
-      2 e M      input and output of GELU
-      e T        the document mask, made additive
-    Once: the last norm (4 D + 8 + e D a token), ids and targets (8 + 8 a token), cosines and sines (T, R) fp32.
-    """
-    size, width, tokens = 2 if bf16 else 4, arch.width, sequences * seq_len
-    norm_inputs = 1 if arch.parallel_residual and not bf16 else 2
-    products = 2 + 3 + (2 if arch.rotary_width else 0) + 1
-    layer = 4 * width * norm_inputs + 16 + size * width * products + 4 * arch.heads + 2 * size * arch.mlp_width
-    layer += size * seq_len if document_mask else 0
-    last = 4 * width + 8 + size * width + 16
-    return tokens * (arch.layers * layer + last) + 2 * 4 * seq_len * arch.rotary_width
-
-
-def memory(arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool) -> dict[str, int]:
-    """Bytes of one process by part, at the moment of a step that needs most; their sum is the total.
-
-    weights, gradients, moments: 4, 4 and 8 bytes a parameter, all fp32. Under DDP gradients are views into its
-    communication buckets, so those take no more.
-    casts: bf16 copies of the matrices but the input embedding, 2 bytes each, kept from forward to backward.
-    activations: what autograd keeps for the backward pass of `sequences` x `seq_len` tokens (`saved_bytes`).
-    logits: three fp32 tensors of (tokens, vocabulary), 12 V bytes a token: in the softmax's backward pass its output,
-    the gradient that comes in and the one that goes out are alive at once.
-
-    For eager execution and a vocabulary many times the width: exact up to rounding, workspaces and the CUDA context. An
-    upper estimate for a compiled model, which keeps less, and where a step is one micro-batch: then gradients and
-    activations are not alive together. Evaluation keeps no activations; nothing is computed twice to save memory.
-    """
-    parameters, tokens = metrics.parameter_count(arch), sequences * seq_len
-    matrices = arch.layers * (4 * arch.width**2 + 2 * arch.width * arch.mlp_width) + arch.vocab_size * arch.width
-    return {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "moments": 8 * parameters,
-        "casts": 2 * matrices if bf16 else 0,
-        "activations": saved_bytes(arch, sequences, seq_len, bf16, document_mask),
-        "logits": 12 * tokens * arch.vocab_size,
-    }
 
 
 def multiples(after: int, until: int, every: int) -> int:
@@ -317,21 +268,33 @@ def _data(prepared: Prepared) -> list[str]:
 
 
 def _memory(prepared: Prepared) -> list[str]:
-    data, train = prepared.config.data, prepared.config.train
+    """For this machine's kind of device: Triton kernels where there is a GPU, or where the configuration asks."""
+    data, train, moments = prepared.config.data, prepared.config.train, prepared.config.optim.moments
     sequences, bf16 = min(train.micro_batch, prepared.share), train.precision == "bf16"
-    parts = memory(prepared.origin.arch, sequences, data.seq_len, bf16, data.document_mask)
+    kernels = train.kernels == "triton" or (train.kernels == "auto" and torch.cuda.is_available())
+    blocks = train.loss == "blocks" or (train.loss == "auto" and not torch.cuda.is_available() and not kernels)
+    parts = memory.parts(
+        prepared.origin.arch, sequences, data.seq_len, bf16, data.document_mask, kernels, blocks,
+        2 if moments == "bf16" else 4,
+    )  # fmt: skip
+    logits = (
+        f"{'bf16' if bf16 else 'fp32'} x vocabulary a token"
+        if kernels
+        else "softmax and its gradients, 3 x fp32 x vocabulary a token"
+    )
     notes = {
         "weights": "fp32, 4 bytes a parameter",
         "gradients": "fp32, 4 bytes a parameter; the buckets of DDP are these",
-        "moments": "fp32, 2 x 4 bytes a parameter",
+        "moments": f"{moments}, 2 x {2 if moments == 'bf16' else 4} bytes a parameter",
         "casts": "bf16 copies of the matrices",
         "activations": f"kept for the backward pass of {sequences} x {data.seq_len:,} tokens",
-        "logits": "softmax and its gradients, 3 x fp32 x vocabulary a token",
+        "logits": "a block of them, and the gradients of the head" if blocks else logits,
         "total": "in eager mode; compiled takes less",
     }
     rows = [*parts.items(), ("total", sum(parts.values()))]
     shown = [f"  {name:<12} {size(value):>12}   {notes[name]}" for name, value in rows if value]
-    return [f"memory of a process, {train.precision}", *shown]
+    where = "Triton kernels" if kernels else "torch kernels; --train.kernels triton says it for a GPU"
+    return [f"memory of a process, {train.precision}, {where}", *shown]
 
 
 def _results(prepared: Prepared) -> list[str]:

@@ -32,7 +32,8 @@ from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, par
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
-from fastcpt.model import GPTNeoX, document_ids
+from fastcpt.execution import Execution
+from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
 from fastcpt.state import State, load_, save
 
@@ -49,16 +50,19 @@ def setup(config: Config) -> State:
     torch.manual_seed(config.train.seed)
     inputs = lineage.prepare(config, world, world.size)
     origin, train = inputs.origin, config.train
-    precision = torch.bfloat16 if train.precision == "bf16" and parallel.has_bf16(world.device) else torch.float32
+    execution = Execution.choose(
+        train, world.device, origin.arch.head_width, config.data.seq_len, config.data.document_mask
+    )
     with torch.device("meta"):
-        model = GPTNeoX(origin.arch, precision)
+        model = GPTNeoX(origin.arch, execution)
     model.to_empty(device=world.device)
     if origin.kind == "scratch":
         model.initialise_(torch.Generator(world.device).manual_seed(train.seed))
     elif origin.kind == "pretrained":
         assert origin.path is not None
         hf.load_weights_(model, origin.path)
-    optimizer = AdamW(model.parameters(), config.optim)
+    moments = torch.bfloat16 if config.optim.moments == "bf16" else torch.float32
+    optimizer = AdamW(model.parameters(), config.optim, execution.kernels, moments)
     validation = [
         NamedSet.open(entry.name, entry.role, inputs.val_sets[entry.name], config.data.seq_len, config.run.eval_tokens)
         for entry in config.data.val
@@ -79,13 +83,15 @@ def setup(config: Config) -> State:
 
 def _wrap(state: State) -> None:
     """Compiles and distributes: the whole model for one process, block by block under DDP so that its reductions
-    overlap the backward pass. Every shape is static: the micro-batch and a shorter last one."""
+    overlap the backward pass. Every shape is static: the micro-batch and a shorter last one, and with documents powers
+    of two of their number."""
     if state.config.train.compile:
+        torch._dynamo.config.recompile_limit = 64  # beyond it a graph that must be whole is an error
         if state.world.size == 1:
-            state.model.compile(dynamic=False)
+            state.model.compile(dynamic=False, fullgraph=True)
         else:
             for layer in state.model.layers:
-                layer.compile(dynamic=False)
+                layer.compile(dynamic=False, fullgraph=True)
     if state.world.size > 1:
         state.forward = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -100,25 +106,28 @@ def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
 def train_step(state: State, batch_BT: np.ndarray) -> dict[str, Tensor]:
     """One optimizer step on this process's windows, (B, T+1) token ids.
 
-    Losses are summed and divided by the token count of all processes, so neither the micro-batch nor the number of
-    processes changes the gradient. Returns fp32 scalars on the device, without waiting for it: "loss" (mean nats a
+    Gradients are those of the sum of the losses; the optimizer divides them by the token count of all processes, so
+    neither the micro-batch nor the number of processes changes them, and the loss's own gradient is 1. Returns fp32 scalars on the device, without waiting for it: "loss" (mean nats a
     token of this process), "grad_norm" (before clipping), "skipped" (1.0 if the gradient was not finite).
     """
     config, world = state.config, state.world
-    windows_BT = to_device(batch_BT, world.device)
-    # DDP averages over processes; the factor makes that the sum.
-    scale = world.size / config.train.batch_tokens
-    micro_batches = windows_BT.split(config.train.micro_batch)
+    micro_batch, attend = config.train.micro_batch, state.model.execution.attention
     nats = torch.zeros((), device=world.device)
-    for number, window_BT in enumerate(micro_batches, 1):
+    for first in range(0, len(batch_BT), micro_batch):
+        rows_BT = batch_BT[first : first + micro_batch]
+        window_BT = to_device(rows_BT, world.device)
         tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:].contiguous()
-        documents_BT = document_ids(tokens_BT, _eod(state)) if config.data.document_mask else None
-        local = number < len(micro_batches) and isinstance(state.forward, DistributedDataParallel)
+        masked = config.data.document_mask
+        documents = attend.documents(rows_BT[:, :-1], _eod(state), world.device) if masked else None
+        local = first + micro_batch < len(batch_BT) and isinstance(state.forward, DistributedDataParallel)
         with state.forward.no_sync() if local else contextlib.nullcontext():  # type: ignore[attr-defined]
-            loss = state.forward(tokens_BT, targets_BT, documents_BT).sum()
-            (loss * scale).backward()
+            loss, _ = state.forward(tokens_BT, targets_BT, documents, total=True)
+            loss.backward()
         nats += loss.detach()
-    norm, skipped = state.optimizer.clipped_step(state.plan.rate(state.step + 1))
+    # DDP averages over processes; the factor makes that the sum.
+    norm, skipped = state.optimizer.clipped_step(
+        state.plan.rate(state.step + 1), world.size / config.train.batch_tokens
+    )
     state.step += 1
     state.samples += config.train.batch_tokens // config.data.seq_len
     count = batch_BT.shape[0] * config.data.seq_len
@@ -160,7 +169,7 @@ def describe(state: State) -> str:
     train, seq_len = config.train, config.data.seq_len
     flops = metrics.flops_per_token(arch, seq_len)
     micro_batches = -(-train.batch_tokens // seq_len // (world.size * train.micro_batch))
-    precision = str(state.model.compute_dtype).removeprefix("torch.")
+    precision = str(state.model.execution.dtype).removeprefix("torch.")
     note = " (no bf16 instructions here)" if (train.precision, precision) == ("bf16", "float32") else ""
     where = {"scratch": "new weights", "resume": f"step {state.step}"}.get(state.origin.kind, config.init.from_)
     how = "compiled" if train.compile else "eager"
@@ -170,7 +179,8 @@ def describe(state: State) -> str:
         f"{plan.steps:,} steps of {train.batch_tokens:,} tokens: {world.size} x {micro_batches} micro-batches of up to "
         f"{train.micro_batch} x {seq_len}\n"
         f"learning rate: {plan.warmup:,} steps of warm-up to {plan.peak:.3g}, then {plan.kind}, {end:.3g} at the end\n"
-        f"{world.device}, {precision}{note}, {how}; writes to {config.run.output}"
+        f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
+        f"writes to {config.run.output}"
     )
 
 
@@ -197,7 +207,7 @@ def train(config: Config) -> State:
         console.log(line)
 
     warmup_end = state.plan.first + state.plan.warmup
-    peak = metrics.peak_flops(world.device, state.model.compute_dtype) * world.size
+    peak = metrics.peak_flops(world.device, state.model.execution.dtype) * world.size
     flops = metrics.flops_per_token(state.model.arch, config.data.seq_len)
     if state.step == state.plan.first and state.validation:
         report(evaluate(state))
@@ -229,7 +239,7 @@ def train(config: Config) -> State:
                     f"step {state.step}: gradients were not finite {in_a_row} steps in a row; lower optim.lr"
                 )
             if world.device.type == "cpu":  # others may have had the cores when it was first measured
-                peak = max(peak, metrics.peak_flops(world.device, state.model.compute_dtype) * world.size)
+                peak = max(peak, metrics.peak_flops(world.device, state.model.execution.dtype) * world.size)
             clock, clock_step = time.perf_counter(), state.step
         pause = time.perf_counter()
         if state.validation and evaluation.is_due(state.step, state.last_step, run.eval_every, warmup_end):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Without a GPU, kernels are decorated for Triton's interpreter, which is decided once, when they are imported. The
 # variable is then taken back: processes that tests start, and operators outside `triton_device`, run as users' do.
@@ -133,6 +136,35 @@ def tiny_config() -> Callable[..., configuration.Config]:
         )
 
     return make
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, those left out that were there before."""
+
+    def __init__(self, before: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in before}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        results = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(results):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return results
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+@pytest.fixture
+def alive_bytes() -> type[Alive]:
+    """with alive_bytes(tensors there before) as alive: ...; alive.peak"""
+    return Alive
 
 
 @pytest.fixture

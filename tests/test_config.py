@@ -4,12 +4,12 @@ import re
 from collections.abc import Callable
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 
-from fastcpt import UserError
+from fastcpt import UserError, attention
 from fastcpt.config import (
     SECTIONS,
     Config,
@@ -176,11 +176,15 @@ OVERRIDES: dict[str, tuple[str, Any]] = {
     "train.parallel": ("ddp", "ddp"),
     "train.compile": ("false", False),
     "train.precision": ("fp32", "fp32"),
+    "train.kernels": ("torch", "torch"),
+    "train.loss": ("blocks", "blocks"),
+    "train.attention": ("cudnn", "cudnn"),
     "optim.lr": ("2e-3", 0.002),
     "optim.betas": ("[0.8, 0.9]", [0.8, 0.9]),
     "optim.eps": ("1e-6", 1e-6),
     "optim.weight_decay": ("0", 0.0),
     "optim.clip": ("2", 2.0),
+    "optim.moments": ("bf16", "bf16"),
     "schedule.kind": ("constant", "constant"),
     "schedule.warmup": ("20", 20.0),
     "schedule.min_lr_ratio": ("0", 0.0),
@@ -384,7 +388,8 @@ data.train data.train[].name data.train[].path data.train[].weight data.train[].
 data.val data.val[].name data.val[].path data.val[].role
 data.seq_len data.document_mask data.reader
 train.tokens train.batch_tokens train.micro_batch train.seed train.parallel train.compile train.precision
-optim.lr optim.betas optim.eps optim.weight_decay optim.clip
+train.kernels train.loss train.attention
+optim.lr optim.betas optim.eps optim.weight_decay optim.clip optim.moments
 schedule.kind schedule.warmup schedule.min_lr_ratio
 run.output run.log_every run.eval_every run.eval_tokens run.save_every run.keep run.tensorboard run.wandb
 """
@@ -393,6 +398,10 @@ run.output run.log_every run.eval_every run.eval_tokens run.save_every run.keep 
 def test_the_list_of_settings_is_what_was_agreed() -> None:
     assert [name for name, _ in fields()] == NAMES.split()
     assert len(NAMES.split()) <= 60
+
+
+def test_attention_has_the_names_of_its_backends() -> None:
+    assert get_type_hints(Train)["attention"] == attention.Name
 
 
 def test_every_setting_says_in_one_line_what_it_is() -> None:

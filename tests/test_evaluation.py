@@ -51,7 +51,7 @@ def direct(shard_set: ShardSet, document_mask: bool, tokens: int) -> tuple[float
             documents.append(document)
             document += token == shard_set.eod
         with torch.no_grad():
-            logits = model(torch.tensor([ids[:-1]]), documents_BT=torch.tensor([documents]) if document_mask else None)
+            logits = model(torch.tensor([ids[:-1]]), documents=torch.tensor([documents]) if document_mask else None)
         for log_probabilities, target in zip(logits[0].double().log_softmax(-1), ids[1:]):
             nats -= log_probabilities[target].item()
             size += int(lengths[target])

@@ -1,6 +1,5 @@
 """The head's product and its loss in blocks of rows, against float64 and against the plain way."""
 
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastcpt.kernels import linear_cross_entropy as module
 from fastcpt.kernels.linear_cross_entropy import (
@@ -121,41 +118,17 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert total.requires_grad and not losses.requires_grad
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors made within it held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        return result
-
-    def free(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
-
-
 @pytest.mark.parametrize("gradients", [False, True])
-def test_memory_is_one_block_of_logits(gradients: bool) -> None:
+def test_memory_is_one_block_of_logits(gradients: bool, alive_bytes: Callable[..., Any]) -> None:
     """Beside the results, and on CPU a copy of a block when the gradients are not wanted."""
     rows, width, vocabulary = 4000, 32, 3000
     x, weight, targets, _ = sample(rows, width, vocabulary, torch.float32, torch.device("cpu"))
-    with Peak() as peak:
+    with alive_bytes([x, weight, targets]) as alive:
         module._blocks(x, weight, targets, None, (-100, 0.0, vocabulary), gradients)
     block = module.CPU_ROWS * vocabulary * 4
     results = rows * 4 + (rows * width * 4 + vocabulary * width * 4 if gradients else 0)
     limit = results + (1.2 if gradients else 2.2) * block
-    assert block <= peak.peak <= limit < rows * vocabulary * 4 / 3, (peak.peak, results, block)
+    assert block <= alive.peak <= limit < rows * vocabulary * 4 / 3, (alive.peak, results, block)
 
 
 @pytest.mark.parametrize("interpreted", [True, False])

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,13 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from fastcpt import UserError, checkpoint, config, evaluation, hf, lineage, metrics, plan, train
-from fastcpt.config import Config, Count, Optim, Source, ValidationSet
-from fastcpt.model import PRESETS, Architecture, GPTNeoX, document_ids
-from fastcpt.optim import AdamW
+from fastcpt import UserError, checkpoint, config, evaluation, hf, lineage, memory, metrics, plan, train
+from fastcpt.config import Config, Count, Source, ValidationSet
+from fastcpt.model import PRESETS, Architecture, GPTNeoX
 from fastcpt.schedules import Plan
 from fastcpt.shards import ShardSet, write_manifest
 
@@ -91,105 +87,6 @@ def interrupted(finished: Path, tmp_path: Path) -> Path:
     for step in (6, 7):
         shutil.rmtree(folder / "checkpoints" / f"step-{step}")
     return folder
-
-
-# Memory
-
-
-def small(parallel: bool = True, rotary: float = 0.5) -> Architecture:
-    return Architecture(
-        3, 24, 3, vocab_size=61, mlp_width=88, rotary_fraction=rotary, parallel_residual=parallel, max_positions=7
-    )
-
-
-def inputs(arch: Architecture, sequences: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens, targets = torch.randint(0, arch.vocab_size, (2, sequences, seq_len), generator=generator)
-    return tokens.clone(), targets.clone()
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("parallel", [True, False])
-@pytest.mark.parametrize("rotary", [0.0, 0.5, 1.0])
-def test_activations_are_what_autograd_saves(bf16: bool, mask: bool, parallel: bool, rotary: float) -> None:
-    """Ragged sizes: no dimension divides another, so that no wrong count comes out right."""
-    arch, (sequences, seq_len) = small(parallel, rotary), (5, 13)
-    model = GPTNeoX(arch, torch.bfloat16 if bf16 else torch.float32)
-    model.initialise_()
-    tokens, targets = inputs(arch, sequences, seq_len)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}  # holding each keeps its address from being used again
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    documents = document_ids(tokens, 0) if mask else None
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens, targets, documents).sum()
-    parts = plan.memory(arch, sequences, seq_len, bf16, mask)
-    expected = parts["activations"] + parts["casts"] + parts["logits"] // 3
-    # Exact, but for the number by which cross-entropy divides.
-    assert sum(storage.nbytes() for storage in saved.values()) == expected + 4
-
-
-class Alive(TorchDispatchMode):
-    """The most bytes of tensors that were alive at once, those left out that were there before."""
-
-    def __init__(self, before: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in before}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        results = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(results):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata)
-        return results
-
-    def _gone(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("mask", [False, True])
-def test_the_total_is_the_peak_of_a_step(bf16: bool, mask: bool) -> None:
-    """Of the second micro-batch: gradients and activations are alive together. The vocabulary is wide against the
-    width, as that of a language model is."""
-    arch, (sequences, seq_len) = replace(small(), vocab_size=1999), (5, 13)
-    model = GPTNeoX(arch, torch.bfloat16 if bf16 else torch.float32)
-    model.initialise_()
-    tokens, targets = inputs(arch, sequences, seq_len)
-    documents = document_ids(tokens, 0) if mask else None
-    model(tokens, targets, documents).sum().backward()
-    there = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), tokens, targets]
-    with Alive(there) as alive:
-        model(tokens, targets, documents).sum().backward()
-    parts = plan.memory(arch, sequences, seq_len, bf16, mask)
-    expected = parts["activations"] + parts["casts"] + parts["logits"] - tokens.nbytes - targets.nbytes
-    # Below 1%: the losses, their sum and gradients of that size, 3 x 8 bytes a token.
-    assert expected <= alive.peak <= expected * 1.01
-
-
-def test_weights_gradients_and_moments_are_exact() -> None:
-    arch = small()
-    model = GPTNeoX(arch)
-    model.initialise_()
-    optimizer = AdamW(model.parameters(), Optim(lr=1e-3))
-    model(*inputs(arch, 2, 7)).sum().backward()
-    parts = plan.memory(arch, 2, 7, False, False)
-    assert parts["weights"] == sum(p.nbytes for p in model.parameters())
-    assert parts["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert parts["moments"] == sum(moment.nbytes for moment in moments)
 
 
 # Data
@@ -379,7 +276,7 @@ def test_what_train_refuses_is_refused_alike(
     write_shards(tmp_path / "short", [[1, 2, 3]], pairs=1)
     folder = str(finished)
     export = tmp_path / "export"
-    hf.save_pretrained(GPTNeoX(replace(small(), vocab_size=64)), export)
+    hf.save_pretrained(GPTNeoX(Architecture(3, 24, 3, vocab_size=64)), export)
     (export / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     branch = {"from_": folder, "branch": True}
     no_warmup: dict[str, Any] = {"optim": {"lr": None}, "schedule": {"warmup": 0.0}}
@@ -549,7 +446,7 @@ run: {{output: {tmp_path}/run}}
     assert (prepared.last_step, prepared.share, prepared.plan.warmup) == (110_571, 138, 1_106)
     with torch.device("meta"):
         model = GPTNeoX(PRESETS[preset])
-    parts = plan.memory(prepared.origin.arch, 23, 2048, True, False)
+    parts = memory.parts(prepared.origin.arch, 23, 2048, True, False)
     assert parts["weights"] == sum(p.nbytes for p in model.parameters())
     embeddings = model.embed_in.weight.numel() + model.embed_out.weight.numel()
     count = parts["weights"] // 4
@@ -565,7 +462,7 @@ run: {{output: {tmp_path}/run}}
 def test_every_kind_of_start_is_shown(
     make_config: Any, interrupted: Path, finished: Path, tmp_path: Path, shards: Path
 ) -> None:
-    hf.save_pretrained(GPTNeoX(replace(small(), vocab_size=64)), tmp_path / "model")
+    hf.save_pretrained(GPTNeoX(Architecture(3, 24, 3, vocab_size=64)), tmp_path / "model")
     branch = {"init": {"from_": str(finished), "branch": True}, "optim": {"lr": None}, "schedule": {"warmup": 0.0}}
     third = {"data": {"train": [source(shards, "third", 1.0)]}}
     for expected, case in {

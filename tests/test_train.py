@@ -366,7 +366,7 @@ def test_bf16_activations_leave_fp32_parameters(make_config: Any, monkeypatch: p
     monkeypatch.setattr("fastcpt.parallel.has_bf16", lambda device: True)
     config = make_config("bf16", train=steps(2) | {"precision": "bf16"}, **few)
     state = train.train(config)
-    assert state.model.compute_dtype == torch.bfloat16
+    assert state.model.execution.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in named_tensors(state).values()} == {torch.float32}
     losses = [line["loss"] for line in lines(config) if "loss" in line]
     assert losses != exact
