@@ -184,6 +184,16 @@ class Mixture:
                 places[row] = (source.name, int(window))
         return places
 
+    def source_numbers(self, first: int, count: int) -> np.ndarray:
+        """Samples [first, first + count) -> (count,) int64, the place of each one's source in `sets`."""
+        numbers = {name: number for number, name in enumerate(self.sets)}
+        out = np.empty(count, np.int64)
+        for row in range(count):
+            phase = self._phase(first + row)
+            branch, _ = self._quotas[phase].locate(first + row - self.phases[phase].first)
+            out[row] = numbers[self.phases[phase].sources[branch].name]
+        return out
+
     def _permutation(self, source: PhaseSource, epoch: int, size: int) -> Permutation:
         # Keyed by content, not by name or place: a renamed source goes on where it was.
         key = (source.fingerprint, epoch)

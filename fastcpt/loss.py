@@ -4,6 +4,7 @@ Shapes: N tokens, D model width, V vocabulary (padding included: the softmax is 
 GPT-NeoX compute it, DESIGN.md D8).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,3 +29,13 @@ def summed_losses(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, execution:
         return linear_cross_entropy_sum(x_ND, weight_VD, targets_N)
     losses_N = token_losses(x_ND, weight_VD, targets_N, execution)
     return losses_N.sum(), losses_N.detach()
+
+
+def sums_by_source(losses_BT: Tensor, sources_B: Tensor, count: int) -> Tensor:
+    """(nats, tokens) of each of `count` sources, (count, 2) float64, from the losses of sequences and their sources.
+
+    A pass over the losses, none over the logits. Without atomics: the same sum every time.
+    """
+    member_SB = (sources_B[None, :] == torch.arange(count, device=sources_B.device)[:, None]).double()
+    nats_B = losses_BT.detach().double().sum(1)
+    return torch.stack((member_SB @ nats_B, member_SB.sum(1) * losses_BT.shape[1]), dim=1)

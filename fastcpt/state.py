@@ -31,16 +31,16 @@ class State:
     mixture: Mixture
     validation: list[NamedSet]
     model: GPTNeoX
-    forward: Callable[..., Tensor]  # the model, or DDP around it
+    forward: Callable[..., Any]  # the model, or DDP around it
     optimizer: AdamW
     history: dict[str, Any]
+    # Since the last log line, of each source: nats and tokens, (S, 2) float64 on the device. Skipped steps count nothing.
+    interval: Tensor
+    # Steps skipped in all, and in a row until now, int64 on the device.
+    skipped: Tensor
     step: int = 0
     samples: int = 0
     start_losses: dict[str, float] = field(default_factory=dict)  # of each validation set, before the first step
-    # Since the last log line: nats and tokens, float64 on the device. Skipped steps count nothing.
-    interval: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    # Steps skipped in all, and in a row until now, int64 on the device.
-    skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
 
     @property
     def tokens(self) -> int:

@@ -33,6 +33,7 @@ from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
 from fastcpt.execution import Execution
+from fastcpt.loss import sums_by_source
 from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
 from fastcpt.state import State, load_, save
@@ -72,7 +73,7 @@ def setup(config: Config) -> State:
     state = State(
         config, world, origin, inputs.plan, inputs.mixture, validation, model, model, optimizer,
         {"complete": known["complete"], "seen": seen},
-        interval=torch.zeros(2, dtype=torch.float64, device=world.device),
+        interval=torch.zeros(len(inputs.mixture.sets), 2, dtype=torch.float64, device=world.device),
         skipped=torch.zeros(2, dtype=torch.int64, device=world.device),
     )  # fmt: skip
     if origin.state is not None:
@@ -112,7 +113,9 @@ def train_step(state: State, batch_BT: np.ndarray) -> dict[str, Tensor]:
     """
     config, world = state.config, state.world
     micro_batch, attend = config.train.micro_batch, state.model.execution.attention
-    nats = torch.zeros((), device=world.device)
+    batch = config.train.batch_tokens // config.data.seq_len
+    sources_B = state.mixture.source_numbers(state.samples + world.rank * batch // world.size, len(batch_BT))
+    totals = torch.zeros_like(state.interval)
     for first in range(0, len(batch_BT), micro_batch):
         rows_BT = batch_BT[first : first + micro_batch]
         window_BT = to_device(rows_BT, world.device)
@@ -121,23 +124,22 @@ def train_step(state: State, batch_BT: np.ndarray) -> dict[str, Tensor]:
         documents = attend.documents(rows_BT[:, :-1], _eod(state), world.device) if masked else None
         local = first + micro_batch < len(batch_BT) and isinstance(state.forward, DistributedDataParallel)
         with state.forward.no_sync() if local else contextlib.nullcontext():  # type: ignore[attr-defined]
-            loss, _ = state.forward(tokens_BT, targets_BT, documents, total=True)
+            loss, losses_BT = state.forward(tokens_BT, targets_BT, documents, total=True)
             loss.backward()
-        nats += loss.detach()
+        part_B = torch.from_numpy(sources_B[first : first + micro_batch]).to(world.device, non_blocking=True)
+        totals += sums_by_source(losses_BT, part_B, len(totals))
     # DDP averages over processes; the factor makes that the sum.
     norm, skipped = state.optimizer.clipped_step(
         state.plan.rate(state.step + 1), world.size / config.train.batch_tokens
     )
     state.step += 1
-    state.samples += config.train.batch_tokens // config.data.seq_len
-    count = batch_BT.shape[0] * config.data.seq_len
+    state.samples += batch
     applied = skipped == 0
-    state.interval += torch.where(
-        applied, torch.stack((nats.double(), nats.new_full((), count, dtype=torch.float64))), 0.0
-    )
+    state.interval += torch.where(applied, totals, 0.0)
     state.skipped[0] += skipped.long()
     state.skipped[1] = torch.where(applied, 0, state.skipped[1] + 1)
-    return {"loss": nats / count, "grad_norm": norm, "skipped": skipped}
+    nats, tokens = totals.sum(0)
+    return {"loss": (nats / tokens).float(), "grad_norm": norm, "skipped": skipped}
 
 
 def _eod(state: State) -> int:
@@ -222,13 +224,17 @@ def train(config: Config) -> State:
             gc.collect()  # what lives from here on lives long: later collections need not look at it
             gc.freeze()
         if state.step % run.log_every == 0 or last:
-            totals = world.sum_(state.interval).tolist()  # the one wait for the device of an interval
+            by_source = world.sum_(state.interval).tolist()  # the one wait for the device of an interval
             state.interval.zero_()
             skipped, in_a_row = state.skipped.tolist()
             elapsed = time.perf_counter() - clock
             rate = (state.step - clock_step) * config.train.batch_tokens / elapsed
+            nats, tokens = (sum(column) for column in zip(*by_source))
             report({
-                "step": state.step, "tokens": state.tokens, "loss": totals[0] / totals[1] if totals[1] else math.nan,
+                "step": state.step, "tokens": state.tokens, "loss": nats / tokens if tokens else math.nan,
+                "loss_by_source": {
+                    name: nats / tokens for name, (nats, tokens) in zip(state.mixture.sets, by_source) if tokens
+                },
                 "lr": state.plan.rate(state.step), "grad_norm": result["grad_norm"].item(), "skipped": skipped,
                 "tokens_per_second": rate, "mfu": rate * flops / peak, "seconds": time.perf_counter() - started,
                 "eta_seconds": (state.last_step - state.step) * config.train.batch_tokens / rate,

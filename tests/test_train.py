@@ -255,6 +255,50 @@ def test_evaluation_lines_from_step_0_with_forgetting_and_adaptation(make_config
     assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"} <= trained[0].keys()
 
 
+def test_losses_of_each_source_add_up(make_config: Any) -> None:
+    """Against the model's own loss on each row, the rows told apart by which set they were read from."""
+    state = train.setup(make_config(train=steps(4)))
+    expected = {name: [0.0, 0] for name in state.mixture.sets}
+    for step, windows in enumerate(batches(state.mixture, 0, 3, BATCH, 0, 1)):
+        tokens = torch.from_numpy(windows.astype(np.int64))
+        with torch.no_grad():
+            losses = state.model(tokens[:, :-1], tokens[:, 1:].contiguous())
+        for row, (name, _) in enumerate(state.mixture.locate(step * BATCH, BATCH)):
+            expected[name][0] += losses[row].double().sum().item()
+            expected[name][1] += SEQ_LEN
+        train.train_step(state, windows)
+    for (nats, tokens), (wanted, count) in zip(state.interval.tolist(), expected.values()):
+        assert tokens == count > 0 and abs(nats - wanted) <= 1e-5 * wanted
+
+
+def test_the_log_has_the_loss_of_each_source(make_config: Any) -> None:
+    config = make_config(train=steps(4), run={"log_every": 2, "save_every": 3})
+    train.train(config)
+    for line in lines(config):
+        if "loss" in line:
+            old, new = line["loss_by_source"]["old"], line["loss_by_source"]["new"]
+            assert min(old, new) < line["loss"] < max(old, new)
+
+
+def test_moments_in_bf16_go_on_bit_for_bit(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_config("whole", train=steps(5), optim={"lr": 1e-3, "moments": "bf16"})
+    state = train.train(whole)
+    assert all(state.optimizer.state[p]["exp_avg"].dtype == torch.bfloat16 for p in state.optimizer.parameters)
+    expected, real = weights(state), train.train_step
+
+    def stopping(state: train.State, batch: np.ndarray) -> dict[str, torch.Tensor]:
+        if state.step == 3:
+            raise KeyboardInterrupt
+        return real(state, batch)
+
+    cut = make_config("cut", train=steps(5), optim={"lr": 1e-3, "moments": "bf16"})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", stopping)
+        train.train(cut)
+    actual = weights(train.train(cut))
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
 def poison(state: train.State, when: set[int]) -> None:
     """Makes one gradient of the given steps NaN."""
     parameter = state.model.layers[0].attention.dense.weight
