@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import fastcpt.kernels
 from fastcpt import UserError
 from fastcpt.kernels import launch
-from fastcpt.model import PRESETS, Architecture, GPTNeoX
+from fastcpt.model import PRESETS, Architecture, GPTNeoX, rotary_table
 
 
 def _name(kernel: JITFunction) -> str:
@@ -195,6 +195,21 @@ def _linear_cross_entropy(arch: Architecture, tokens: int, device: str) -> Itera
         yield partial(call, summed)
 
 
+def _qkv_rotary(arch: Architecture, tokens: int, device: str) -> Iterator[Callable[[], Any]]:
+    """With gradients as attention leaves them: of rows (B, T, H, C) from flash-attn, (B, H, T, C) from torch."""
+    from fastcpt.kernels.qkv_rotary import qkv_rotary
+
+    def call(flash: bool) -> None:
+        x = torch.empty(tokens // 2048, 2048, 3 * arch.width, dtype=torch.bfloat16, device=device, requires_grad=True)
+        parts = qkv_rotary((x * 1).unflatten(-1, (arch.heads, -1)), *rotary_table(2048, arch, torch.device(device)))
+        like = parts[0] if flash else parts[0].transpose(1, 2)
+        gradient = torch.empty_like(like, memory_format=torch.contiguous_format)
+        torch.autograd.backward(parts, [gradient if flash else gradient.transpose(1, 2)] * 3)
+
+    for flash in (True, False):
+        yield partial(call, flash)
+
+
 # What to run of each module, forward and backward: calls of its public functions.
 CASES: dict[str, Callable[[Architecture, int, str], Iterator[Callable[[], Any]]]] = {
     "adamw": _adamw,
@@ -202,6 +217,7 @@ CASES: dict[str, Callable[[Architecture, int, str], Iterator[Callable[[], Any]]]
     "gelu": _gelu,
     "layer_norm": _layer_norm,
     "linear_cross_entropy": _linear_cross_entropy,
+    "qkv_rotary": _qkv_rotary,
 }
 
 

@@ -10,6 +10,7 @@ import argparse
 import ast
 import csv
 import datetime
+import inspect
 import os
 import re
 import struct
@@ -54,6 +55,19 @@ NARROW: dict[str, dict[str, str]] = {
         "partials_ptr + row * D + columns": "one row a program; of 128 and 256 columns, a thread has one or two",
     },
     "layer_norm.column_sums_kernel": {"sums_ptr + columns": "one row in all"},
+    # Heads of 32 or 80 values: half of what turns is 4 or 10 values, of which no more are contiguous or aligned.
+    "qkv_rotary.qkv_rotary_forward_kernel": {
+        "pointers": "4 or 10 values in a row",
+        "pointers + R // 2": "4 or 10 values in a row",
+        "cos_ptr + table": "rows of 20 values, served by the cache",
+        "cos_ptr + table + R // 2": "rows of 20 values, served by the cache",
+        "sin_ptr + table": "rows of 20 values, served by the cache",
+        "sin_ptr + table + R // 2": "rows of 20 values, served by the cache",
+    },
+    "qkv_rotary.qkv_rotary_backward_kernel": {
+        "source + partner": "4 or 10 values away, in lines that the wide loads have brought to the cache",
+        "sin_ptr + table + partner": "10 values away, served by the cache",
+    },
 }
 
 
@@ -109,7 +123,9 @@ def compiled(found: Launch, sm: int, presets: str) -> tuple[Row, bytes, set[int]
     options = {**found.options.__dict__, "arch": f"sm{sm}"}
     result = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", result.asm["cubin"], "-res-usage")))
-    accesses, single = _accesses(result.asm["ptx"]), _single_values(result.asm["ttgir"])
+    # The path in cached results may be that of another copy of this source.
+    path = inspect.getfile(found.kernel.fn)
+    accesses, single = _accesses(result.asm["ptx"], path), _single_values(result.asm["ttgir"], path)
     narrow = {
         address: _counted(Counter({bits: count for bits, count in widths.items() if bits < 128}))
         for address, widths in sorted(accesses.items())
@@ -132,7 +148,7 @@ def _tool(tool: str, content: bytes, *options: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _single_values(ttgir: str) -> set[str]:
+def _single_values(ttgir: str, path: str) -> set[str]:
     """Addresses in the source where one value is read or written, and not a block of them."""
     places = dict(re.findall(r"(#loc\d*) = loc\((.+)\)", ttgir))
 
@@ -140,12 +156,12 @@ def _single_values(ttgir: str) -> set[str]:
         """Of a place, or of the innermost call of those that it consists of."""
         while not (found := re.match(r'"(.+)":(\d+):(\d+)', place)):
             place = places[re.findall(r"#loc\d*", place)[0]]
-        return _address(found[1], int(found[2]), int(found[3]))
+        return _address(path, found[1], int(found[2]), int(found[3]))
 
     return {address(place) for place in re.findall(r"tt\.(?:load|store) .* : !tt\.ptr<\w+> loc\((.+)\)", ttgir)}
 
 
-def _accesses(ptx: str) -> dict[str, Counter[int]]:
+def _accesses(ptx: str, path: str) -> dict[str, Counter[int]]:
     """The widths of accesses to global memory by their address in the source; PTX says where each comes from."""
     files = dict(re.findall(r'\.file\s+(\d+) "(.+)"', ptx))
     found: dict[str, Counter[int]] = defaultdict(Counter)
@@ -160,25 +176,26 @@ def _accesses(ptx: str) -> dict[str, Counter[int]]:
         else:
             continue
         if not place:
-            found[_address(*where)][bits] += 1
+            found[_address(path, *where)][bits] += 1
     return found
 
 
 @cache
-def _memory_calls(file_name: str) -> list[ast.Call]:
-    calls = [node for node in ast.walk(ast.parse(Path(file_name).read_text())) if isinstance(node, ast.Call)]
+def _memory_calls(path: str) -> list[ast.Call]:
+    calls = [node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.Call)]
     return [call for call in calls if re.fullmatch(r"tl\.(load|store)", ast.unparse(call.func))]
 
 
-def _address(file_name: str, line: int, column: int) -> str:
-    """The first argument of the innermost tl.load or tl.store around a place in the source."""
+def _address(path: str, file_name: str, line: int, column: int) -> str:
+    """The first argument of the innermost tl.load or tl.store around a place in the source, which is at `path`."""
+    if Path(path).name != Path(file_name).name:
+        return f"{file_name}:{line}"
     around = [
-        call for call in _memory_calls(file_name)
+        call for call in _memory_calls(path)
         if (call.lineno, call.col_offset) <= (line, column - 1) < (call.end_lineno, call.end_col_offset)
     ]  # fmt: skip
-    return (
-        ast.unparse(max(around, key=lambda call: (call.lineno, call.col_offset)).args[0]) if around else f"line {line}"
-    )
+    innermost = max(around, key=lambda call: (call.lineno, call.col_offset), default=None)
+    return ast.unparse(innermost.args[0]) if innermost else f"line {line}"
 
 
 def _text(cubin: bytes) -> bytes:

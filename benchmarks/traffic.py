@@ -29,6 +29,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from fastcpt import UserError
 from fastcpt.kernels import launch
+from fastcpt.model import Architecture, rotary_table
 
 CSV = "kernels_traffic.csv"
 
@@ -62,6 +63,12 @@ TABLE = {
         "value",
         10,
         "weights; partial sums of their gradients, once for 32 rows (as 16,384 rows on an H100), and their sum",
+    ),
+    "rotation of q and k, forward": Floor("value of the width", 4 * 2 / 4, "the tables, served by the cache"),
+    "rotation of q and k, backward": Floor(
+        "value of the width",
+        4 * 2 / 4,
+        "q, k and v are read and written in full: attention does not write the packed gradient; and the tables",
     ),
 }
 
@@ -212,7 +219,21 @@ def _layer_norm() -> Iterator[Case]:
     )
 
 
-CASES = (_adamw, _cross_entropy, _linear_cross_entropy, _gelu, _layer_norm)
+def _qkv_rotary() -> Iterator[Case]:
+    """Units: values of the model's width, B * T * H * C; of each a quarter turns, in q and in k."""
+    from fastcpt.kernels.qkv_rotary import qkv_rotary
+
+    arch = Architecture(1, 512, 8)
+    tables = rotary_table(128, arch, torch.device("cpu"))
+    qkv = torch.randn(2, 128, 8, 192).bfloat16()
+    yield "rotation of q and k, forward", 2 * 128 * 512, partial(qkv_rotary, qkv, *tables)
+    leaf = torch.randn(2, 128, 8, 192).bfloat16().requires_grad_()
+    parts = qkv_rotary(leaf.clone(), *tables)
+    gradients = list(torch.randn(3, 2, 128, 8, 64).bfloat16())
+    yield "rotation of q and k, backward", 2 * 128 * 512, partial(torch.autograd.grad, parts, leaf, gradients)
+
+
+CASES = (_adamw, _cross_entropy, _linear_cross_entropy, _gelu, _layer_norm, _qkv_rotary)
 
 
 @dataclass(frozen=True)
