@@ -7,6 +7,7 @@ A part stands between `<!-- NAME -->` and `<!-- /NAME -->`. Run it in the root o
 """
 
 import argparse
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -59,11 +60,55 @@ def lm_eval_table() -> str:
     return Path("benchmarks/results/lm_eval.txt").read_text().rstrip("\n")
 
 
+def _rows(name: str) -> list[dict[str, str]]:
+    with (RESULT.parent / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def kernels_table() -> str:
+    """Of each kernel, over all that the presets launch: the most registers of a chip, spills, and its narrow accesses."""
+    rows, chips = _rows("kernels_static.csv"), ("80", "90", "100")
+    out = ["| kernel | variants | registers, sm_80 / 90 / 100 | spills |", "|---|---|---|---|"]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        own = [row for row in rows if row["kernel"] == kernel]
+        registers = [max(int(row["registers"]) for row in own if row["sm"] == chip) for chip in chips]
+        variants = len({(row["arguments"], row["warps"]) for row in own})
+        spills = sum(int(row["spills"]) for row in own)
+        out.append(f"| `{kernel}` | {variants} | {' / '.join(map(str, registers))} | {spills} |")
+    return "\n".join(out)
+
+
+def traffic_table() -> str:
+    """Bytes of each kernel's own loads and stores, beside the least that must reach memory."""
+    out = ["| | floor | loads + stores | of them to memory | the rest |", "|---|---|---|---|---|"]
+    for row in _rows("kernels_traffic.csv"):
+        moved = f"{float(row['loads']):.2f} + {float(row['stores']):.2f}"
+        out.append(
+            f"| {row['what']} | {float(row['floor']):g} bytes a {row['unit']} | {moved} | {float(row['dram']):.2f} | {row['reason']} |"
+        )
+    return "\n".join(out)
+
+
+def kernels_cpu_table() -> str:
+    """Times on the CPU that `benchmarks/results/kernels_cpu.csv` names."""
+    rows = _rows("kernels_cpu.csv")
+    out = ["| | implementation | median | against ours |", "|---|---|---|---|"]
+    for row in rows:
+        ratio = float(row["ratio_to_ours"])
+        out.append(
+            f"| {row['kernel']}, {row['case']} | {row['implementation']} | {float(row['median_ms']):.0f} ms | {ratio:.2f} |"
+        )
+    return "\n".join(out)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "log": log_lines,
     "lm_eval": lm_eval_table,
     "config": config_table,
+    "kernels": kernels_table,
+    "traffic": traffic_table,
+    "kernels_cpu": kernels_cpu_table,
 }
 
 
