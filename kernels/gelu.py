@@ -177,7 +177,8 @@ def bias_gelu(x: Tensor, bias_F: Tensor, approximate: str = "none") -> Tensor:
     """gelu(x + bias), with the gradient of both in one pass.
 
     x (..., F) in bf16 or fp32 is a matrix product without its bias; bias_F fp32; approximate: "none" (erf) or "tanh",
-    as torch.nn.functional.gelu. Returns (..., F) in the dtype of x; computed in fp32. Saves x, and neither y nor z.
+    as torch.nn.functional.gelu. Returns (..., F) in the dtype of x; computed in fp32. Saves x, and neither y nor z. Where
+    kernels run, infinity becomes NaN.
 
     Raises ValueError on another `approximate`, another shape of the bias or one that is not fp32.
     """

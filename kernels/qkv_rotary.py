@@ -8,9 +8,9 @@
 
     dx_c = d_c cos_c + d_{c+h} sin_{c+h}        dx_{c+h} = d_{c+h} cos_{c+h} - d_c sin_c
 
-No product but the projection's needs its output again, so the forward pass overwrites it: it reads and writes the R
-values of q and k that turn, and q, k and v are views of the projection, their rows 3C values apart. The backward pass
-reads the gradients of q, k and v as attention left them and writes that of the projection, already turned back.
+A linear layer does not need its output again, so the forward pass overwrites it: it reads and writes the R values of q
+and k that turn, and q, k and v are views of the projection, their rows 3C values apart. The backward pass reads the
+gradients of q, k and v as attention left them and writes that of the projection, already turned back.
 
 Bytes, with u = a row of D = H*C values: forward 4 R/C u, 1u for Pythia's R = C/4; backward 3u read and 3u written.
 What was not taken: marking the projection as modified and leaving the views to autograd, which packs the gradients in
@@ -18,7 +18,7 @@ one pass (3u and 3u) and turns them in another (1u); outside of torch.compile it
 that was overwritten, three times over. The floor is 1u for the backward pass too, if attention wrote its gradients
 into the packed tensor; torch's operators do not. DRAM moves 32 bytes at least: in bf16 the R values of a head are half
 of that for C = 32, one for C = 64, two for C = 80 (40 bytes), whole ones above. Where h values are no multiple of 16
-bytes (C = 32, 80), what turns is moved in words of 8 and 4 bytes; all else is moved in words of 16.
+bytes (C = 32, 80), what turns and its factors are moved in words of 8 or 4 bytes; all else is moved in words of 16.
 
 Shapes: B batch, T time, H heads, C head width, R values of a head that turn.
 """
