@@ -8,15 +8,15 @@ without data has address 0 plus its offset, which is aligned as torch's allocato
 import ast
 import importlib
 import pkgutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -62,12 +62,19 @@ class Launch:
         return " ".join(words)
 
 
+def implementation(operator: Any) -> Callable[..., Any]:
+    """The function that one of our operators was made of."""
+    definition = torch._library.custom_ops._maybe_get_opdef(operator)
+    assert definition is not None, operator
+    return definition._init_fn
+
+
 class _RunOperators(TorchDispatchMode):
     """Runs our operators' own code on tensors without data, where torch would only work out the shapes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "fastcpt":
-            func = torch._library.custom_ops._maybe_get_opdef(func)._init_fn
+            func = implementation(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -118,7 +125,7 @@ def _adamw(arch: Architecture, tokens: int, device: str) -> Iterator[Callable[[]
     from fastcpt.kernels.adamw import adamw_step
 
     with torch.device(device):
-        parameters = list(GPTNeoX(arch).parameters())
+        parameters: list[Tensor] = list(GPTNeoX(replace(arch, layers=1)).parameters())  # the others are like this one
         step = torch.empty(())
 
     def call(moments: torch.dtype) -> None:
@@ -221,10 +228,9 @@ CASES: dict[str, Callable[[Architecture, int, str], Iterator[Callable[[], Any]]]
 }
 
 
-def launches_of_presets(tokens: Sequence[int] = (8 * 2048, 32 * 2048)) -> tuple[list[Launch], list[str]]:
-    """All launches, and beside each the presets that need it; the larger micro-batch has more than 2^31 logits."""
-    found: dict[str, Launch] = {}
-    presets: dict[str, list[str]] = defaultdict(list)
+def launches_of_presets(tokens: Sequence[int] = (8 * 2048, 32 * 2048)) -> list[tuple[Launch, list[str]]]:
+    """All launches, and the presets that need each; the larger micro-batch has more than 2^31 logits."""
+    found: dict[str, tuple[Launch, list[str]]] = {}
     for name, arch in PRESETS.items():
         with caught() as launches:
             for module in kernel_modules():
@@ -232,6 +238,5 @@ def launches_of_presets(tokens: Sequence[int] = (8 * 2048, 32 * 2048)) -> tuple[
                     for call in CASES.get(module.__name__.rpartition(".")[2], lambda *_: [])(arch, count, "meta"):
                         call()
         for key, each in launches.items():
-            found.setdefault(key, each)
-            presets[key].append(name.removeprefix("pythia-"))
-    return list(found.values()), [" ".join(names) for names in presets.values()]
+            found.setdefault(key, (each, []))[1].append(name)
+    return list(found.values())

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -34,6 +34,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from fastcpt.benchmarks.launches import Launch, kernel_modules, kernels, launches_of_presets
+from fastcpt.model import PRESETS
 
 # Compute capability -> bytes of shared memory that one block can have (CUDA programming guide, technical specifications).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -232,13 +233,12 @@ def _widths(operations: Sequence[str], names: Sequence[str]) -> Counter[int]:
     return Counter(int(size[0]) if size else 32 for size in sizes)
 
 
-def examine(launches: Sequence[Launch], presets: Sequence[str], chips: Sequence[int] = tuple(SHARED)) -> list[Row]:
-    """Every launch compiled for every chip, on all processors."""
-    jobs = [(found, sm, names) for sm in chips for found, names in zip(launches, presets, strict=True)]
+def examine(jobs: Sequence[tuple[Launch, int, str]]) -> list[Row]:
+    """Compiles on all processors: launches, the chip of each, and the presets that need it."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         built = list(pool.map(lambda job: compiled(*job), jobs))
     rows = []
-    for sm in chips:
+    for sm in {sm for _, sm, _ in jobs}:
         of_chip, codes, known_widths = zip(*(each for each in built if each[0].sm == sm))
         for row, operations, known in zip(of_chip, disassembled(codes, sm), known_widths, strict=True):
             names = Counter(operation.partition(".")[0] for operation in operations)
@@ -282,25 +282,35 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         groups[row.kernel, row.arguments, row.warps].append(row)
     columns = ("registers", "stack_bytes", "spills", "shared_bytes", "loads", "stores", "atomics")
-    lines = [("kernel", "warps", "registers", "stack", "spills", "shared", "loads", "stores", "atomics", "presets", "")]
+    lines: list[tuple[str, ...]] = [
+        ("kernel", "warps", "registers", "stack", "spills", "shared", "loads", "stores", "atomics", "presets", "")
+    ]
     for (kernel, arguments, warps), group in groups.items():
         cells = ["/".join(dict.fromkeys(str(getattr(row, column)) for row in group)) for column in columns]
         constants = " ".join(word for word in arguments.split() if "=" in word)
         lines.append((kernel, str(warps), *cells, group[0].presets, constants))
     widths = [max(map(len, column)) for column in zip(*lines)]
-    chips = "/".join(f"sm_{sm}" for sm in dict.fromkeys(row.sm for row in rows))
+    chips = "/".join(f"sm_{sm}" for sm in sorted({row.sm for row in rows}))
     body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     return "\n".join([f"{chips}; loads and stores are BITSxINSTRUCTIONS in the machine code", *body])
 
 
-def main(output: Path | None = None) -> None:
-    """Prints both tables, writes them to a folder if asked, and says what is wrong."""
-    launches, presets = launches_of_presets()
+def main(output: Path | None = None, elsewhere: Container[str] = PRESETS) -> None:
+    """Prints both tables, writes them to a folder if asked, and says what is wrong.
+
+    elsewhere: presets whose launches are compiled for sm_80 and sm_100 too; those of all are for sm_90.
+    """
+    jobs = [
+        (found, sm, " ".join(name.removeprefix("pythia-") for name in names))
+        for found, names in launches_of_presets()
+        for sm in SHARED
+        if sm == 90 or any(name in elsewhere for name in names)
+    ]
     # Bytes moved come from the interpreter, which is chosen when a kernel is defined: meanwhile, in another process.
     command = [sys.executable, "-m", "fastcpt.benchmarks.traffic", *(["--output", str(output)] if output else [])]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as traffic:
-        rows = examine(launches, presets)
+        rows = examine(jobs)
         print(table(rows))
         if output is not None:
             write_csv(rows, output / CSV)
