@@ -53,13 +53,13 @@ class AdamW(torch.optim.AdamW):
         self.reduce: Callable[[Tensor], Tensor] = lambda square: square
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
-        count = torch.zeros((), device=device)  # of updates; torch has one for each parameter, the kernels one for all
+        self.count = torch.zeros((), device=device)  # of updates by the kernels; torch has one for each parameter
         for parameter in parameters:  # made here and not at the first step, so that a checkpoint can be read into it
-            self.state[parameter] = {
-                "step": count if self.kernels else torch.zeros_like(count),
-                "exp_avg": torch.zeros_like(parameter, dtype=moments),
-                "exp_avg_sq": torch.zeros_like(parameter, dtype=moments),
-            }
+            state = self.state[parameter]
+            if not self.kernels:
+                state["step"] = torch.zeros_like(self.count)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=moments)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=moments)
 
     @torch.no_grad()
     def clipped_step(self, lr: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -97,16 +97,20 @@ class AdamW(torch.optim.AdamW):
         parameters, gradients, exp_avgs, exp_avg_sqs, decays = (list(column) for column in zip(*rows))
         beta1, beta2 = self.config.betas
         return adamw_step(
-            parameters, gradients, exp_avgs, exp_avg_sqs, decays, self.state[parameters[0]]["step"],
+            parameters, gradients, exp_avgs, exp_avg_sqs, decays, self.count,
             lr=lr, betas=(beta1, beta2), eps=self.config.eps, clip=self.config.clip, scale=scale,
             square=self.reduce(gradient_square(gradients)),
         )  # fmt: skip
 
     @property
+    def _counts(self) -> list[Tensor]:
+        return [self.count] if self.kernels else [self.state[parameter]["step"] for parameter in self.parameters]
+
+    @property
     def updates(self) -> int:
         """Updates applied, skipped steps left out. Reads from the device."""
-        return int(self.state[self.parameters[0]]["step"].item())
+        return int(self._counts[0].item())
 
     def set_updates(self, updates: int) -> None:
-        for parameter in self.parameters:
-            self.state[parameter]["step"].fill_(updates)
+        for count in self._counts:
+            count.fill_(updates)

@@ -14,8 +14,9 @@ were freed and made again. `blocks`, the tensor of each program, follows from th
 a tensor are in a row, so that with the first of them, which the table holds, the offset follows.
 
 Bytes a parameter: 28 for the update (p, m and v read and written, G read), the floor, and 4 for the norm, which must be
-known before the first write and therefore reads G once more: 32. With bf16 moments, 20 and 4. Beside them, 8 bytes of
-`blocks` and table addresses for 2048 elements (28 or 20 bytes each), and 4 bytes of a partial sum for 8192.
+known before the first write and therefore reads G once more: 32. With bf16 moments 20 and 4. Beside them every program
+reads 4 bytes of `blocks`, and from cache its row of the table and the scalars: a program is 2048 elements, of the norm
+8192, with a partial sum of 4 bytes.
 
 bf16 moments are rounded stochastically: up or down, with the probabilities that make the result right on average
 (round-to-nearest would lose every change below 2^-9 of a value, and (1 - b2) is smaller). 16 random bits for each
@@ -278,12 +279,14 @@ def _step_torch(columns: Columns, decays: list[float], step: Tensor, square: Ten
     norm = square.sqrt() * scale
     skipped = (~torch.isfinite(norm)).float()
     step += 1.0 - skipped
+    divisor = (norm / clip).clamp(min=1.0) / scale
+    grad_scale = None if divisor == 1.0 else divisor  # a look is free on CPU, and saves writing the gradients
     for decay in dict.fromkeys(decays):
         rows = [row for row, own in zip(zip(*columns, strict=True), decays, strict=True) if own == decay]
         g, p, m, v = (list(column) for column in zip(*rows))
         torch._fused_adamw_(
             p, g, m, v, [], [step] * len(p), lr=lr, beta1=beta_1, beta2=beta_2, weight_decay=decay, eps=eps,
-            amsgrad=False, maximize=False, grad_scale=(norm / clip).clamp(min=1.0) / scale, found_inf=skipped,
+            amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=skipped,
         )  # fmt: skip
     return torch.stack((norm, skipped))
 
