@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from fastcpt.benchmarks.launches import Launch, kernel_modules, kernels, launches_of_presets
@@ -251,6 +251,12 @@ def examine(jobs: Sequence[tuple[Launch, int, str]]) -> list[Row]:
     return sorted(rows, key=lambda row: row.key)
 
 
+def ptxas(sm: int) -> str:
+    """The version that compiles for a chip: newer versions of triton have one of its own for sm_100."""
+    tools = triton.knobs.nvidia
+    return (getattr(tools, "ptxas_blackwell", tools.ptxas) if sm >= 100 else tools.ptxas).version
+
+
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """One line a row, with the versions that it depends on."""
     versions = {"torch": torch.__version__, "triton": triton.__version__, "date": datetime.date.today().isoformat()}
@@ -261,7 +267,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writeheader()
         for row in rows:
             narrow = "; ".join(f"{address}: {widths}" for address, widths in row.narrow.items())
-            writer.writerow({**asdict(row), "narrow": narrow, "ptxas": get_ptxas(row.sm).version, **versions})
+            writer.writerow({**asdict(row), "narrow": narrow, "ptxas": ptxas(row.sm), **versions})
 
 
 def read_csv(path: Path) -> list[Row]:

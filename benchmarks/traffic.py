@@ -25,7 +25,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from fastcpt import UserError
 from fastcpt.benchmarks.launches import implementation
@@ -116,7 +116,7 @@ def counted() -> Iterator[Traffic]:
         raise UserError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1")
     traffic = Traffic()
     run, load, store = (
-        InterpretedFunction.run,
+        GridExecutor.__call__,
         InterpreterBuilder.create_masked_load,
         InterpreterBuilder.create_masked_store,
     )
@@ -143,7 +143,7 @@ def counted() -> Iterator[Traffic]:
         return rmw(builder, operation, pointers, value, mask, *rest)
 
     with (
-        mock.patch.object(InterpretedFunction, "run", counted_run),
+        mock.patch.object(GridExecutor, "__call__", counted_run),
         mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
         mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
         mock.patch.object(InterpreterBuilder, "create_atomic_rmw", counted_rmw),
