@@ -269,7 +269,7 @@ def _step_torch(columns: Columns, decays: list[float], step: Tensor, square: Ten
     """By torch's fused kernel, which divides gradients by `grad_scale`, in place, and does nothing if `found_inf` is 1."""
     lr, beta_1, beta_2, eps, clip, scale, seed = numbers
     gradients, parameters, exp_avgs, exp_avg_sqs = columns
-    if exp_avgs[0].dtype == torch.bfloat16:
+    if exp_avgs[0].dtype == torch.bfloat16:  # which torch's kernel does not have: the kernel's bits, but slowly
         return torch.stack(
             adamw_reference(
                 parameters, gradients, exp_avgs, exp_avg_sqs, decays, step,
@@ -351,7 +351,7 @@ def adamw_step(
     parameters, gradients, exp_avgs, exp_avg_sqs, decays: the i-th of each belong together; any shapes, all on one
         device, contiguous, fp32; moments all fp32 or all bf16. Gradients are used up: what they hold afterwards is
         undefined. decays: weight decay of each, times lr.
-    step: updates so far, an fp32 scalar on the device; one more after an update that was not skipped.
+    step: updates so far, an fp32 scalar on the device, exact up to 2^24; one more after an update that was not skipped.
     lr: a number, or a scalar tensor on the CPU: to torch.compile a number is a constant.
     square: the sum of squares of all gradients, `gradient_square(gradients)` by default.
     seed: of the rounding of bf16 moments, 0 to 2^63 - 1.
@@ -361,7 +361,7 @@ def adamw_step(
     """
     square = gradient_square(gradients) if square is None else square
     gradients = [gradient.contiguous() for gradient in gradients]
-    _check((gradients, parameters, exp_avgs, exp_avg_sqs), step, square)
+    _check((gradients, parameters, exp_avgs, exp_avg_sqs), decays, step, square)
     rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
     numbers = (*betas, eps, clip, scale, seed)
     scalars = _step_operator(parameters, gradients, exp_avgs, exp_avg_sqs, decays, step, square, rate, *numbers)
@@ -369,14 +369,16 @@ def adamw_step(
     return norm, skipped
 
 
-def _check(columns: Columns, step: Tensor, square: Tensor) -> None:
+def _check(columns: Columns, decays: list[float], step: Tensor, square: Tensor) -> None:
     """What kernels that are given bare addresses could not see."""
     moments = torch.bfloat16 if columns[2][0].dtype == torch.bfloat16 else torch.float32
-    dtypes = (torch.float32, torch.float32, moments, moments)
-    for index, row in enumerate(zip(*columns, strict=True)):
-        for tensor, dtype in zip((*row, step, square), (*dtypes, torch.float32, torch.float32)):
+    dtypes = (torch.float32, torch.float32, moments, moments, torch.float32, torch.float32)
+    for column, dtype in zip((*columns, [step], [square]), dtypes, strict=True):
+        for index, tensor in enumerate(column):
             if tensor.dtype != dtype or tensor.device != square.device or not tensor.is_contiguous():
                 what = f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
                 raise ValueError(f"tensors {index}: {what}; it takes contiguous {dtype} on {square.device}")
-        if any(tensor.shape != row[0].shape for tensor in row):
-            raise ValueError(f"tensors {index}: gradient, parameter, moments of {[tuple(t.shape) for t in row]}")
+    for index, (gradient, *others, _) in enumerate(zip(*columns, decays, strict=True)):
+        if any(tensor.shape != gradient.shape for tensor in others):
+            shapes = [tuple(tensor.shape) for tensor in (gradient, *others)]
+            raise ValueError(f"tensors {index}: gradient, parameter and moments have shapes {shapes}")

@@ -307,6 +307,7 @@ def test_what_does_not_fit_is_refused(triton_device: torch.device) -> None:
     refused(lambda p: p.exp_avg_sqs.__setitem__(1, p.exp_avg_sqs[1].bfloat16()), "tensors 1: torch.bfloat16")
     refused(lambda p: p.parameters.__setitem__(0, p.parameters[0].double()), "tensors 0: torch.float64")
     refused(lambda p: p.parameters.pop(), "shorter")
+    refused(lambda p: p.decays.pop(), "shorter")
     refused(lambda p: setattr(p, "step", p.step.long()), "torch.int64")
     with pytest.raises(ValueError, match="at least one"):
         gradient_square([])
