@@ -91,9 +91,10 @@ else
   say "no GPU: native tests are skipped, and so is the static table, which needs none"
 fi
 
-# 3. Benches, nothing beside them. Without a GPU those that need one say so.
+# 3. Benches, nothing beside them. Without a GPU those that need one say so, and the others take longer.
+limit=$($gpu && echo 120 || echo 300)
 for kernel in $kernels; do
-  step "bench_$kernel" 120 "$python" -m fastcpt.benchmarks.bench_kernels "$kernel" --output "$folder"
+  step "bench_$kernel" "$limit" "$python" -m fastcpt.benchmarks.bench_kernels "$kernel" --output "$folder"
 done
 
 # 4. End-to-end training: benchmarks/bench_train.py, once there is one, goes here.

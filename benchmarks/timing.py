@@ -5,10 +5,11 @@
 
 On a GPU each run lies between two events, after L2 was overwritten; nothing waits in between, so that the host runs
 ahead as it does in training. On a CPU the clock is perf_counter. Implementations take turns (A, B, A, B, ...), and with
-them a copy, a scaling in place and a sum, or a matrix product: clocks, power and other load are then the same for all.
+them copies, sums and the like, or a matrix product: clocks, power and other load are then the same for all.
 
-Percentages are of the memory rate, the faster one of copy and scaling in place (on a CPU a copy also reads what it
-overwrites), or of the matmul rate. A median above the fastest single run of any of these fails: it cannot be true.
+Percentages are of the memory rate, the fastest of a copy, a scaling and an addition in place (on a CPU a copy also reads
+what it overwrites), or of the matmul rate. A median above the fastest single run of any of these, or of a sum, which
+only reads, fails: it cannot be true.
 """
 
 import datetime
@@ -28,8 +29,9 @@ from torch import Tensor
 WARM_UP, FEWEST, MOST = 2, 7, 100  # runs of each implementation
 SECONDS = {"cpu": 10.0, "cuda": 2.0}  # of timed runs a case
 FLUSH = 1 << 30  # bytes: more than any L2, and long enough for the host to be ahead when the timed run begins
-# Elements of the copy, and the sides of the matrix products, as large as the kernels' own.
-LIMIT_SIZES = {"cpu": (1 << 26, 2048), "cuda": (1 << 28, 8192)}
+# Elements of the copy, far more than a cache has (no power of two on a CPU, where two such arrays share cache sets), and
+# the side of the matrix product.
+LIMIT_SIZES = {"cpu": (50_000_000, 2048), "cuda": (1 << 28, 8192)}
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def peak_mb(run: Run) -> float | None:
 
 
 def limits(device: torch.device, memory: bool) -> dict[str, Limit]:
-    """Of memory: a copy, a scaling in place, a sum; else of arithmetic: a square matrix product, bf16 on a GPU."""
+    """Of memory: a copy, a scaling and an addition in place, a sum; else of arithmetic: a square matrix product, bf16 on a GPU."""
     elements, side = LIMIT_SIZES[device.type]
     if memory:
         x, y = torch.rand(2, elements, device=device).unbind()
@@ -184,6 +186,7 @@ def limits(device: torch.device, memory: bool) -> dict[str, Limit]:
         return {
             "copy": Limit(Run(lambda: y.copy_(x)), bytes=2 * size),
             "scale in place": Limit(Run(lambda: y.mul_(1.0)), bytes=2 * size),
+            "add in place": Limit(Run(lambda: y.add_(x)), bytes=3 * size),
             "sum": Limit(Run(lambda: x.sum()), bytes=size),
         }
     a, b = torch.randn(2, side, side, device=device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
