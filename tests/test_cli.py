@@ -92,12 +92,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len([line for line in errors if not line.startswith(("usage:", " "))]) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time kernels on")
-def test_timing_kernels_takes_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "kernels"]) == 2
-    assert capsys.readouterr().err == "fastcpt: bench kernels: there is no GPU to time them on; --static needs none\n"
-
-
 def test_static_proofs_refuse_the_interpreter(tmp_path: Path) -> None:
     done = run(sys.executable, "-m", "fastcpt.cli", "bench", "kernels", "--static", cwd=tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 2 and done.stderr.startswith("fastcpt: TRITON_INTERPRET is set"), done.stderr
