@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from fastcpt import UserError
 from fastcpt.config import Optim
-
-PIECE = 1 << 16  # elements of a norm on CPU
+from fastcpt.kernels import launch
+from fastcpt.kernels.adamw import adamw_step, gradient_square, square_by_products
 
 
 class AdamW(torch.optim.AdamW):
@@ -41,8 +41,6 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr=config.lr or 0.0, betas=(beta1, beta2), eps=config.eps, fused=True)
         device = parameters[0].device
         if kernels:
-            from fastcpt.kernels import launch
-
             if not launch.on_triton(parameters[0]):
                 raise UserError("the kernels of AdamW need a GPU; use torch's fused AdamW on CPU")
         elif moments != torch.float32 and device.type != "cpu":
@@ -74,10 +72,9 @@ class AdamW(torch.optim.AdamW):
 
     def _step_by_torch(self, lr: float, scale: float) -> tuple[Tensor, Tensor]:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.parameters[0].device.type == "cpu":
-            # torch adds up a whole tensor in a few fp32 numbers there, 0.8% off at 50M elements.
-            gradients = [piece for gradient in gradients for piece in gradient.flatten().split(PIECE)]
-        norm = self.reduce(torch.nn.utils.get_total_norm(gradients).square()).sqrt() * scale
+        cpu = self.parameters[0].device.type == "cpu"
+        square = square_by_products(gradients) if cpu else torch.nn.utils.get_total_norm(gradients).square()
+        norm = self.reduce(square).sqrt() * scale
         self.found_inf = (~torch.isfinite(norm)).float()
         self.grad_scale = torch.clamp(norm / self.config.clip, min=1.0) / scale
         for group in self.param_groups:
@@ -86,8 +83,6 @@ class AdamW(torch.optim.AdamW):
         return norm, self.found_inf
 
     def _step_by_kernels(self, lr: float, scale: float) -> tuple[Tensor, Tensor]:
-        from fastcpt.kernels.adamw import adamw_step, gradient_square
-
         rows = [
             (p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], group["weight_decay"])
             for group in self.param_groups
