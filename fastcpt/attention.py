@@ -7,6 +7,8 @@
 auto takes the first of `preference` that can run, and says why the ones before it cannot. A backend that is asked for
 by name and cannot run is an error; none falls back to another.
 
+None but sdpa has run on a device yet: the others are checked for their arguments, packing and choice alone.
+
 - sdpa    torch's scaled_dot_product_attention, anywhere. Documents need a mask of T x T.
 - cudnn   cuDNN through torch: 1.7 to 2.3 times the flash kernel in torch on Hopper (huggingface/transformers#48163).
           The operator is called by name and not through `sdpa_kernel`, under which a compiled graph may take another

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -387,7 +388,7 @@ def test_a_damaged_shard_is_raised_in_the_loop(tmp_path: Path, write_shards: Cal
     running = batches(mixture, 0, 10, 2, rank=0, world=1)
     next(running)
     binary = shard_set.path / "shard-00000.bin"
-    binary.write_bytes(binary.read_bytes()[:-2])
+    os.truncate(binary, 80)
     with pytest.raises(UserError, match=rf"{binary}: 80 bytes while reading at [0-9,]+, it had 82"):
         list(running)
 
