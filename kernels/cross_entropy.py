@@ -234,9 +234,15 @@ def _backward(
     gradients_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
     if not launch.on_triton(logits_NV):
         for part in _cpu_parts(rows, width):
-            block_NV = logits_NV[part].to(torch.float32, copy=True)
-            _cpu_block_(block_NV, targets_N[part], ignore_index, z_loss, columns, gradient=True)
-            gradients_NV[part] = block_NV.mul_(gradient_N[part, None])
+            block_NV = gradients_NV[part].to(torch.float32)  # itself, or room to compute in
+            x_NV, ignored_N, slope_N = block_NV[:, :columns], targets_N[part] == ignore_index, gradient_N[part]
+            torch.sub(logits_NV[part, :columns], lse_N[part, None], out=x_NV).exp_()
+            x_NV.mul_((slope_N * (1 + 2 * z_loss * lse_N[part]))[:, None])
+            x_NV.scatter_add_(1, torch.where(ignored_N, 0, targets_N[part])[:, None], -slope_N[:, None])
+            block_NV[:, columns:] = 0
+            block_NV[ignored_N] = 0
+            if block_NV.dtype != gradients_NV.dtype:
+                gradients_NV[part] = block_NV
     elif rows:
         _backward_kernel[(rows,)](
             gradient_N, logits_NV, targets_N.contiguous(), lse_N, gradients_NV, columns, width,
