@@ -54,6 +54,41 @@ def _add_prep(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _convert(arguments: argparse.Namespace) -> int:
+    from fastcpt.data_prep.convert import convert
+
+    manifest = convert(
+        arguments.inputs,
+        source=arguments.source,
+        tokenizer=arguments.tokenizer,
+        output=arguments.output,
+        eod=arguments.eod,
+        dtype=arguments.dtype,
+        append_eod=arguments.append_eod,
+        shard_tokens=arguments.shard_tokens,
+    )
+    print(f"{manifest['path']}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")
+    return 0
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "fastcpt convert INPUT... --source FORMAT --tokenizer FILE|HUB_ID --output DIR [options]"
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or pattern, in this order")
+    parser.add_argument(
+        "--source", required=True, choices=("nanogpt", "llmc", "megatron", "pythia", "datatrove", "olmo"), help="format"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="T", help="the one that made the ids, as in `prep`")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the new shard set")
+    parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token (default: the tokenizer's own)")
+    parser.add_argument("--append-eod", action="store_true", help="add it where a document ends without it")
+    parser.add_argument(
+        "--dtype", choices=("uint16", "uint32"), help="of files that do not say: nanogpt olmo datatrove"
+    )
+    parser.add_argument(
+        "--shard-tokens", type=Count.parse, default=Count(10**9), metavar="N", help="tokens a .bin file (default: 1e9)"
+    )
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.step is not None:
         from fastcpt.provenance import trace
@@ -218,6 +253,7 @@ COMMANDS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[argparse.Namespace], int]]
 ] = {
     "prep": ("tokenize text into shards", _add_prep, _prep),
+    "convert": ("turn token files of other projects into shards", _add_convert, _convert),
     "inspect": ("say what a shard set holds, or what a step was trained on", _add_inspect, _inspect),
     "verify": ("compare every byte with its hash: shards, checkpoints, runs", _add_verify, _verify),
     "plan": ("what a run will cost before it starts", None, _plan),
