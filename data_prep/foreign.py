@@ -185,15 +185,16 @@ def _open_datatrove(paths: list[Path], vocabulary: Vocabulary, dtype: str | None
         if not index.is_file():
             raise UserError(f"{index}: no such file; datatrove writes it with save_index, on by default")
         guess = "uint16" if vocabulary.size <= 1 << 16 else "uint32"
-        if dtype is None and metadata.is_file():
+        told = dtype
+        if told is None and metadata.is_file():
             line = metadata.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
             token_bytes = line.rpartition("|")[2]
             if token_bytes not in ("2", "4"):
                 raise UserError(
                     f"{metadata}: line 1 is {line[:80]!r}, not TOKENIZER|2 or TOKENIZER|4; mend or remove it"
                 )
-            dtype = "uint16" if token_bytes == "2" else "uint32"
-        found = _raw_dtype(path, dtype, guess)
+            told = "uint16" if token_bytes == "2" else "uint32"
+        found = _raw_dtype(path, told, guess)
         tokens = _whole_tokens(path, found)
         _whole_tokens(index, np.dtype("<u8"))
         ends = np.fromfile(index, "<u8").astype(np.int64)
