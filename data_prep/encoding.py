@@ -162,11 +162,12 @@ def token_bytes(tokenizer_json: bytes, vocabulary: Vocabulary) -> np.ndarray:
     """
     content = json.loads(tokenizer_json)
     byte_level = _is_byte_level(content)
+    alphabet = frozenset(_byte_of_char())
     sizes = np.zeros(vocabulary.size, np.uint16)
 
     def size(token: str) -> int:
         if byte_level:
-            return len(token) if all(char in _byte_of_char() for char in token) else len(token.encode())
+            return len(token) if alphabet.issuperset(token) else len(token.encode())
         return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
 
     added = {token["content"] for token in content.get("added_tokens") or ()}

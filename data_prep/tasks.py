@@ -168,7 +168,10 @@ def _check(batch: list[Entry], ids: np.ndarray, ends: np.ndarray, reference: Enc
 
 def _check_range(batch: list[Entry], ids: np.ndarray, ends: np.ndarray, vocabulary: Vocabulary) -> None:
     """No id may be too high for the vocabulary, which decides the dtype, nor be a special token's."""
+    least, most = int(ids.min(initial=vocabulary.size)), int(ids.max(initial=0))
     for low, high in (*vocabulary.reserved, (vocabulary.size, 1 << 32)):
+        if most < low or least >= high:  # nearly always, and known sooner than from each id
+            continue
         wrong = np.flatnonzero(ids - np.uint32(low) < np.uint32(high - low))  # one comparison: below `low` wraps around
         if len(wrong):
             tally, document, _ = batch[int(np.searchsorted(ends, wrong[0], side="right"))]
