@@ -216,7 +216,8 @@ def test_pythia_sequences_across_parts(
 ) -> None:
     monkeypatch.setattr(foreign, "BLOCK_TOKENS", block_tokens)
     expected = pythia_parts(tmp_path / "in", 12, 1500)
-    check(run([str(tmp_path / "in")], source="pythia", shard_tokens=10_000), expected.tolist())
+    parts = [str(path) for path in sorted((tmp_path / "in").glob("*.bin"), reverse=True)]
+    check(run(parts, source="pythia", shard_tokens=10_000), expected.tolist())
 
 
 @pytest.mark.parametrize("token_bytes", [2, 4])
@@ -320,6 +321,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[bytearray], Any], str]] = {
     "idx cut": ("megatron", "a.idx", cut(1), r"a\.idx: 101 bytes, its header promises 102"),
     "idx pointer": ("megatron", "a.idx", put(34 + 12 + 8, 8), r"a\.idx: sequence 1 \(byte 38\) has 2 tokens from byte 8"),
     "idx document": ("megatron", "a.idx", put(34 + 36 + 8, 3), r"a\.idx: its documents, from byte 70 on"),
+    "idx documents": ("megatron", "a.idx", put(34 + 36 + 24, 4), r"a\.idx: its documents, from byte 70 on"),
     "bin cut": ("megatron", "a.bin", cut(2), r"a\.bin: 16 bytes, its index promises 9 tokens, 18 bytes"),
     "bin long": ("megatron", "a.bin", lambda data: data.extend(b"ab"), r"a\.bin: 20 bytes, its index promises"),
     "no eod": ("megatron", "a.bin", put(8, 4, 2), r"a\.bin: document 1 ends at byte 8 with id 4, not .*--append-eod"),
