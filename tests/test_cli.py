@@ -12,7 +12,7 @@ import yaml
 
 from fastcpt import __version__, cli
 
-COMMANDS = ["prep", "inspect", "verify", "plan", "train", "eval", "export", "report", "bench", "demo"]
+COMMANDS = ["prep", "convert", "inspect", "verify", "plan", "train", "eval", "export", "report", "bench", "demo"]
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
