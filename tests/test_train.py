@@ -299,6 +299,21 @@ def test_moments_in_bf16_go_on_bit_for_bit(make_config: Any, monkeypatch: pytest
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_branch_takes_moments_into_another_dtype(make_config: Any) -> None:
+    """Rounded once, to the nearest; nothing else of the checkpoint changes."""
+    first = train.train(make_config("first", train=steps(3)))
+    newest = Path(first.config.run.output) / "checkpoints" / "step-3"
+    branch = {"from_": str(newest), "branch": True}
+    optim = {"lr": None, "moments": "bf16"}
+    state = train.setup(make_config("second", train=steps(2), init=branch, optim=optim, schedule={"warmup": 0.0}))
+    for name, tensor in named_tensors(first).items():
+        taken = named_tensors(state)[name]
+        assert taken.dtype == (torch.float32 if name.startswith("model.") else torch.bfloat16), name
+        assert torch.equal(taken, tensor.to(taken.dtype)), name
+    train.train_step(state, state.mixture.windows(state.samples, BATCH))
+    assert state.optimizer.updates == 4
+
+
 def poison(state: train.State, when: set[int]) -> None:
     """Makes one gradient of the given steps NaN."""
     parameter = state.model.layers[0].attention.dense.weight
