@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastcpt import UserError
-from fastcpt.data_prep import encoding, foreign, merge, pretokenize
+from fastcpt.data_prep import encoding, foreign, merge, pretokenize, store
 from fastcpt.data_prep.encoding import Vocabulary
 from fastcpt.data_prep.foreign import FORMATS, SEQUENCE_TOKENS, Format, Source, TokenFile
 from fastcpt.data_prep.inputs import Input
@@ -45,8 +45,8 @@ def convert(
 
     Raises UserError with file, byte offset and value for whatever is wrong in an input.
     """
-    output = Path(output)
-    pretokenize._check_arguments(output, None, shard_tokens, 0.0)
+    output = os.path.abspath(output)
+    pretokenize.check_arguments(output, None, shard_tokens, 0.0)
     layout = FORMATS[source]
     if dtype is not None and not layout.takes_dtype:
         raise UserError(f"--dtype {dtype}: {source} files say themselves what they hold; leave it out")
@@ -55,24 +55,24 @@ def convert(
     merge.refuse_existing(output, [""])
     tokenizer_json = encoding.load_tokenizer(tokenizer)
     vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
-    work = output.with_name(output.name + ".partial")
+    work = f"{output}.partial"
     try:
         files = list(layout.open(foreign.find_files(inputs, source), vocabulary, dtype))
-        with pretokenize._owned(work):
-            if (work / "plan.json").exists():
+        with pretokenize.owned(work):
+            if os.path.exists(store.join(work, "plan.json")):
                 raise UserError(
                     f"{work}: an unfinished `fastcpt prep`; finish or remove it, or choose another --output"
                 )
             try:
-                directory = work / "sets" / output.name
-                shutil.rmtree(work / "sets", ignore_errors=True)
+                directory = Path(merge.building_folder(work, output, ""))
+                shutil.rmtree(directory.parent, ignore_errors=True)
                 directory.mkdir(parents=True)
                 pairs = _Pairs(directory, vocabulary.dtype, shard_tokens)
                 documents = _Documents(files, layout, vocabulary, tokenizer_json, append_eod, pairs)
                 with Meter("convert", sum(file.tokens * file.dtype.itemsize for file in files), quiet) as meter:
                     documents.copy(meter)
                 table = merge.ledger(_ledger_inputs(files), documents.records())
-                merge.finish_set("", directory, pairs.close(), table, tokenizer_json, vocabulary)
+                merge.finish_set("", str(directory), pairs.close(), table, tokenizer_json, vocabulary)
                 merge.mark_merged(work, [""])
                 (path,) = merge.commit(output, work)
             except BaseException:  # there is nothing to go on from
@@ -84,7 +84,7 @@ def convert(
         if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
             raise UserError(f"{error.filename or work}: {error.strerror}; make it readable, or restore it") from None
         raise
-    return {**read_manifest(path), "path": str(path)}
+    return {**read_manifest(Path(path)), "path": path}
 
 
 def _ledger_inputs(files: list[TokenFile]) -> list[Input]:
@@ -93,7 +93,7 @@ def _ledger_inputs(files: list[TokenFile]) -> list[Input]:
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     statuses = [os.stat(path) for path in paths]
     return [
-        Input(Path(path).relative_to(root).as_posix(), path, Path(path).suffix, status.st_size, status.st_mtime_ns)
+        Input(Path(path).relative_to(root).as_posix(), path, Path(path).suffix, status.st_size, str(status.st_mtime_ns))
         for path, status in zip(paths, statuses)
     ]
 

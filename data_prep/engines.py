@@ -1,4 +1,7 @@
-"""Where tasks run. An engine takes a function and tasks, both picklable, and yields the results as they are ready."""
+"""Where tasks run: `with local(workers) as engine:` or `with on_ray(address, workers) as engine:`.
+
+An engine takes a function and tasks, all picklable, and yields the results as they are ready, in any order.
+"""
 
 import multiprocessing
 import os
@@ -6,12 +9,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any
 
 from fastcpt import UserError
 
-T = TypeVar("T")
-R = TypeVar("R")
+Engine = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+RAY_RETRIES = 8  # of a task whose node was lost; each task of a long run may meet a few such losses
 
 
 def _start_worker() -> None:
@@ -27,33 +31,41 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def run_local(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
-    """Runs `function` on each task: in this process when `workers` is 1, else in that many others.
+@contextmanager
+def local(workers: int) -> Iterator[Engine]:
+    """In this process when `workers` is 1, else in that many others, which are there from the first use to the end.
 
-    The first error ends it at once: what is under way is stopped. Raises UserError when a worker is killed.
+    The first error ends all at once: what is under way is stopped. Raises UserError when a worker is killed.
     """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        yield from map(function, tasks)
-        return
-    # Forked children of a process with threads (Arrow, gigatoken) can hang; multiprocessing.Pool hangs when one dies.
-    context = multiprocessing.get_context("spawn")
+    pool: ProcessPoolExecutor | None = None
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
+
+    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+        nonlocal pool
+        if workers == 1 or len(tasks) < 2:
+            yield from map(function, tasks)
+            return
+        if pool is None:
+            # Forked children of a process with threads (Arrow, gigatoken) can hang; multiprocessing.Pool hangs when one
+            # dies.
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
         waiting = iter(tasks)
-        running: set[Future[R]] = set()
+        running: set[Future[Any]] = set()
         while True:
             # Two a worker keep all of them busy; a queue of everything would be in memory twice.
             while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
                 running.add(pool.submit(function, task))
             if not running:
-                break
+                return
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
+
+    try:
+        yield run
     except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         if isinstance(error, BrokenProcessPool):
@@ -62,4 +74,62 @@ def run_local(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> I
                 "run the same command again to go on from the tasks that are done, perhaps with fewer --workers"
             ) from None
         raise
-    pool.shutdown()
+    if pool is not None:
+        pool.shutdown()
+
+
+def _on_node(function: Callable[[Any], Any], task: Any) -> Any:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return function(task)
+
+
+@contextmanager
+def on_ray(address: str | None, workers: int | None) -> Iterator[Engine]:
+    """On a Ray cluster: the one at `address`, else the one that RAY_ADDRESS names or that runs here, else a new one.
+
+    workers: tasks at once, as many as the cluster has CPUs by default. A task of a node that is lost runs again on
+    another. All nodes need fastcpt and must see the inputs and the output under the same names.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine ray: Ray is not installed; pip install 'fastcpt[ray]'") from None
+    from ray.exceptions import RayError, RayTaskError
+
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"--ray-address {address}: no cluster answers there: {error}") from None
+
+    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+        remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_on_node)
+        shared = ray.put(function)
+        waiting = iter(tasks)
+        running: list[Any] = []
+        while True:
+            # Looked up each time: nodes come and go.
+            slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+            while len(running) < 2 * slots and (task := next(waiting, None)) is not None:
+                running.append(remote.remote(shared, task))
+            if not running:
+                return
+            done, running = ray.wait(running)
+            for reference in done:
+                yield ray.get(reference)
+
+    try:
+        yield run
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise UserError(
+            f"the Ray cluster lost a task {RAY_RETRIES + 1} times or went away ({type(error).__name__}); "
+            "run the same command again to go on from the tasks that are done"
+        ) from None
+    finally:
+        if ours:
+            ray.shutdown()

@@ -5,15 +5,18 @@ bytes.
 """
 
 import glob
+import itertools
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcpt import UserError
+from fastcpt.data_prep import store
+from fastcpt.data_prep.store import Stat
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 # About a third of a second of tokenizing: small enough to share out evenly, large enough for its files to cost nothing.
@@ -23,13 +26,14 @@ CHECK_DOCUMENTS = 32
 
 @dataclass(frozen=True)
 class Input:
-    """One input file. `name` is its path below the folder that all inputs share, `path` where to open it."""
+    """One input file. `name` is its path below the folder that all inputs share, `path` where to open it (a path or a
+    URL), size in bytes, `version` as in `store.Stat`."""
 
     name: str
     path: str
     suffix: str
     size: int
-    mtime_ns: int
+    version: str
 
 
 @dataclass(frozen=True)
@@ -59,80 +63,102 @@ def suffix_of(path: str) -> str | None:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Every file below a folder, but not what preparation itself wrote there: a ledger is no corpus."""
-    for path, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.endswith(".partial")]
-        if not {"manifest.json", "token_bytes.npy"} <= set(names):
-            yield from (os.path.join(path, name) for name in names)
+    for path, _, names in os.walk(folder):
+        yield from (os.path.join(path, name) for name in names)
 
 
-def _expand(argument: str) -> list[str]:
+def _corpus(folder: str, paths: Iterable[str]) -> list[str]:
+    """Of the files below a folder those to read: not what preparation itself wrote there, for a ledger is no corpus."""
+    paths = list(paths)
+    names: dict[str, set[str]] = {}
+    for path in paths:
+        parent, name = store.split(path)
+        names.setdefault(parent, set()).add(name)
+    own = {parent for parent, found in names.items() if {"manifest.json", "token_bytes.npy"} <= found}
+    return [
+        path
+        for path in paths
+        if suffix_of(path)
+        and store.split(path)[0] not in own
+        and not any(part.endswith(".partial") for part in path[len(folder) :].split("/")[:-1])
+    ]
+
+
+def _expand(argument: str) -> dict[str, Stat]:
     """The files that one INPUT names. Raises UserError when there are none."""
-    if os.path.isdir(argument):
-        found = [path for path in _walk(argument) if suffix_of(path)]
+    nothing = f"{argument}: no file in this folder ends in one of {', '.join(SUFFIXES)}"
+    found: dict[str, Stat] | None
+    if store.is_remote(argument):
+        found = store.find(argument)
+        if found and argument not in found and "*" not in argument:
+            found = {path: found[path] for path in _corpus(argument, found)}
+            if not found:
+                raise UserError(nothing)
+    elif os.path.isdir(argument):
+        found = {path: store.stat(path) for path in _corpus(argument, _walk(argument))}
         if not found:
-            raise UserError(f"{argument}: no file in this folder ends in one of {', '.join(SUFFIXES)}")
-        return found
-    found = (
-        [argument]
-        if os.path.exists(argument)
-        else [p for p in glob.glob(argument, recursive=True) if os.path.isfile(p)]
-    )
+            raise UserError(nothing)
+    elif os.path.exists(argument):
+        found = {argument: store.stat(argument)}
+    else:
+        found = {path: store.stat(path) for path in glob.glob(argument, recursive=True) if os.path.isfile(path)}
     if not found:
         raise UserError(f"{argument}: no such file or folder, and no file matches it as a pattern; check the path")
     for path in found:
         if suffix_of(path) is None:
             raise UserError(f"{path}: its name ends in none of {', '.join(SUFFIXES)}; rename it or leave it out")
-        if not os.path.isfile(path):
-            raise UserError(f"{path}: not a regular file; write its content to a file first")
     return found
 
 
 def find_inputs(arguments: Iterable[str]) -> list[Input]:
     """All input files, sorted by name. Raises UserError when an INPUT names none or a file is named twice."""
-    paths: dict[str, str] = {}
+    found: dict[str, tuple[str, Stat]] = {}
     for argument in arguments:
-        for path in _expand(argument):
-            real = os.path.abspath(path)
-            if real in paths:
+        for path, stat in _expand(argument).items():
+            whole = path if store.is_remote(path) else os.path.abspath(path)
+            if whole in found:
                 raise UserError(f"{path}: named twice, so its documents would count double; give each input once")
-            paths[real] = path
-    if not paths:
+            found[whole] = path, stat
+    if not found:
         raise UserError("no inputs: name at least one file, folder or pattern")
-    root = os.path.commonpath([os.path.dirname(real) for real in paths])
+    levels = zip(*(whole.split("/")[:-1] for whole in found))
+    shared = "".join(f"{level[0]}/" for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
     inputs = []
-    for real, path in paths.items():
-        status = os.stat(path)
+    for whole, (path, stat) in found.items():
         suffix = suffix_of(path)
         assert suffix is not None
-        inputs.append(Input(Path(real).relative_to(root).as_posix(), path, suffix, status.st_size, status.st_mtime_ns))
+        inputs.append(Input(whole.removeprefix(shared), path, suffix, stat.size, stat.version))
     return sorted(inputs, key=lambda source: source.name)
 
 
-def _row_groups(source: Input) -> Iterator[tuple[int, int, int]]:
+def _row_groups(source: Input) -> list[tuple[int, int, int]]:
     """(first row group, last + 1, bytes) of each piece of a parquet file; a damaged one is left to its reader."""
     try:
-        with pq.ParquetFile(source.path) as file:
+        with store.open_read(source.path) as opened, pq.ParquetFile(opened) as file:
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
     except (pa.ArrowException, OSError):
         sizes = []
+    pieces = []
     start = weight = 0
     for group, size in enumerate(sizes):
         if weight and weight + size > TASK_BYTES:
-            yield start, group, weight
+            pieces.append((start, group, weight))
             start, weight = group, 0
         weight += size
-    yield start, len(sizes), weight or source.size
+    return [*pieces, (start, len(sizes), weight or source.size)]
 
 
 def _pieces(inputs: list[Input]) -> Iterator[tuple[Piece, int]]:
+    tables = [source for source in inputs if source.suffix == ".parquet"]
+    with ThreadPoolExecutor(16) as threads:  # a store answers many questions at once
+        row_groups = dict(zip((source.name for source in tables), threads.map(_row_groups, tables)))
     for index, source in enumerate(inputs):
         if source.suffix == ".jsonl":
             for start in range(0, source.size, TASK_BYTES) or (0,):
                 stop = min(start + TASK_BYTES, source.size)
                 yield Piece(index, source, start, stop), stop - start
         elif source.suffix == ".parquet":
-            for start, stop, weight in _row_groups(source):
+            for start, stop, weight in row_groups[source.name]:
                 yield Piece(index, source, start, stop), weight
         else:
             yield Piece(index, source, 0, source.size), source.size

@@ -1,7 +1,11 @@
-"""The parts of all tasks -> shard sets, each complete before it appears under its name."""
+"""The parts of all tasks -> shard sets, each complete before it appears under its name.
 
+On this machine sets are built in the work folder and renamed into place. A remote store cannot rename: there the pairs go
+where they belong, and a set is one when its manifest is there, which comes last.
+"""
+
+import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcpt import UserError
+from fastcpt.data_prep import store
 from fastcpt.data_prep.encoding import Vocabulary, token_bytes
 from fastcpt.data_prep.inputs import Input
-from fastcpt.data_prep.tasks import EXAMPLES, Job
-from fastcpt.integrity import read_json, sync_directory, sync_file, write_durably, write_json
+from fastcpt.data_prep.parts import EXAMPLES, Job, whole_documents
+from fastcpt.integrity import sync_directory, sync_file, write_durably
 from fastcpt.shards import PairWriter, write_manifest
 
-WRITE_TOKENS = 4 << 20
 PLACE = pa.struct([("line", pa.int64()), ("byte", pa.int64())])
 REJECTS = pa.list_(pa.struct([("reason", pa.string()), ("count", pa.int64()), ("first", pa.list_(PLACE))]))
 LEDGER = pa.schema(
@@ -37,32 +41,35 @@ LEDGER = pa.schema(
 
 @dataclass(frozen=True)
 class Span:
-    """Documents [documents[0], documents[1]) of a part file, which are its tokens [tokens[0], tokens[1])."""
+    """Documents [documents[0], documents[1]) of a part, which are its tokens [tokens[0], tokens[1]). part: its file of
+    tokens, a path or URL."""
 
-    part: Path
+    part: str
     documents: tuple[int, int]
     tokens: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair to write: `spans` one after another."""
+    """One pair to write: `spans` one after another. record: where it is noted that this has been done."""
 
-    directory: Path
+    folder: str
     index: int
     dtype: str
     spans: tuple[Span, ...]
+    record: str
 
     @property
     def bytes(self) -> int:
         return sum(span.tokens[1] - span.tokens[0] for span in self.spans) * np.dtype(self.dtype).itemsize
 
 
-def _lengths(part: Path) -> np.ndarray:
-    return np.fromfile(part.with_suffix(".lengths"), "<i4")
+def _lengths(part: str) -> np.ndarray:
+    with store.fetched(part.removesuffix(".tokens") + ".lengths") as local:
+        return np.fromfile(local, "<i4")
 
 
-def cut_spans(parts: Iterable[Path], shard_tokens: int) -> Iterator[tuple[Span, ...]]:
+def cut_spans(parts: Iterable[str], shard_tokens: int) -> Iterator[tuple[Span, ...]]:
     """Cuts a set's documents into pairs of at most `shard_tokens` tokens; a longer document is a pair of its own."""
     spans: list[Span] = []
     filled = 0
@@ -86,20 +93,24 @@ def cut_spans(parts: Iterable[Path], shard_tokens: int) -> Iterator[tuple[Span, 
 
 
 def write_pair(pair: Pair) -> tuple[Pair, dict[str, Any]]:
-    """Copies a pair's spans, some millions of tokens at a time. A task for an engine."""
+    """Copies a pair's spans, some millions of tokens at a time, if an earlier run has not. A task for an engine."""
+    if (done := store.read_bytes(pair.record)) is not None:
+        return pair, json.loads(done)
     dtype = np.dtype(pair.dtype)
-    writer = PairWriter(pair.directory, f"shard-{pair.index:05d}", dtype)
-    for span in pair.spans:
-        lengths = _lengths(span.part)[slice(*span.documents)]
-        tokens = np.memmap(span.part, dtype, "r")[slice(*span.tokens)]
-        ends = np.cumsum(lengths, dtype=np.int64)
-        done = 0
-        while done < len(ends):
-            start = int(ends[done - 1]) if done else 0
-            stop = max(done + 1, int(np.searchsorted(ends, start + WRITE_TOKENS, side="right")))
-            writer.write(tokens[start : int(ends[stop - 1])], lengths[done:stop])
-            done = stop
-    return pair, writer.close()
+    with store.staged_files(pair.folder) as local:
+        writer = PairWriter(local, f"shard-{pair.index:05d}", dtype)
+        for span in pair.spans:
+            lengths = _lengths(span.part)[slice(*span.documents)]
+            with store.fetched(span.part) as part:
+                tokens = np.memmap(part, dtype, "r")[slice(*span.tokens)]
+                for documents, stretch in whole_documents(lengths):
+                    writer.write(tokens[stretch], lengths[documents])
+        entry = writer.close()
+    if store.is_remote(pair.record):
+        store.write_bytes(pair.record, json.dumps(entry).encode())
+    else:
+        write_durably(Path(pair.record), json.dumps(entry).encode())
+    return pair, entry
 
 
 def _merge_rejects(totals: dict[str, dict[str, Any]], rejects: dict[str, Any], lines: int) -> None:
@@ -154,64 +165,83 @@ def set_names(records: list[dict[str, Any]], job: Job) -> list[str]:
     return sorted({name for record in records for name in record["parts"]})
 
 
-def plan_pairs(name: str, records: list[dict[str, Any]], job: Job, directory: Path, shard_tokens: int) -> list[Pair]:
-    parts = [job.part_path(record["task"], name) for record in records if name in record["parts"]]
-    dtype = job.vocabulary.dtype.name
-    return [Pair(directory, index, dtype, spans) for index, spans in enumerate(cut_spans(parts, shard_tokens))]
+def plan_pairs(name: str, records: list[dict[str, Any]], job: Job, output: str, shard_tokens: int) -> list[Pair]:
+    parts = [job.path(record["parts"][name]) for record in records if name in record["parts"]]
+    folder, dtype = building_folder(job.work, output, name), job.vocabulary.dtype.name
+    return [
+        Pair(folder, index, dtype, spans, job.path(f"pair-{index:05d}-{name}.json"))
+        for index, spans in enumerate(cut_spans(parts, shard_tokens))
+    ]
 
 
 def finish_set(
     name: str,
-    directory: Path,
+    folder: str,
     pairs: list[dict[str, Any]],
     table: pa.Table,
     tokenizer_json: bytes,
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
     """Writes what stands beside the pairs, the manifest last. Returns the manifest."""
-    write_durably(directory / "tokenizer.json", tokenizer_json)
-    np.save(directory / "token_bytes.npy", token_bytes(tokenizer_json, vocabulary))
-    sync_file(directory / "token_bytes.npy")
-    pq.write_table(table, directory / "ledger.parquet")
-    sync_file(directory / "ledger.parquet")
     own = [row for row in table.select(["set", "documents", "tokens", "text_bytes"]).to_pylist() if row["set"] == name]
-    manifest = write_manifest(
-        directory,
-        tokenizer=vocabulary.manifest(),
-        dtype=vocabulary.dtype,
-        text_bytes=sum(row["text_bytes"] for row in own),
-        pairs=pairs,
-        files=["tokenizer.json", "token_bytes.npy", "ledger.parquet"],
-    )
-    for key in ("documents", "tokens"):
-        assert manifest[key] == sum(row[key] for row in own), (name, key, manifest[key])
+    with store.staged_files(folder) as local:
+        write_durably(local / "tokenizer.json", tokenizer_json)
+        np.save(local / "token_bytes.npy", token_bytes(tokenizer_json, vocabulary))
+        sync_file(local / "token_bytes.npy")
+        pq.write_table(table, local / "ledger.parquet")
+        sync_file(local / "ledger.parquet")
+        manifest = write_manifest(
+            local,
+            tokenizer=vocabulary.manifest(),
+            dtype=vocabulary.dtype,
+            text_bytes=sum(row["text_bytes"] for row in own),
+            pairs=pairs,
+            files=["tokenizer.json", "token_bytes.npy", "ledger.parquet"],
+        )
+        for key in ("documents", "tokens"):
+            assert manifest[key] == sum(row[key] for row in own), (name, key, manifest[key])
     return manifest
 
 
-def directory_of(output: Path, name: str) -> Path:
-    return output.with_name("-".join(filter(None, (output.name, name))))
+def set_folder(output: str, name: str) -> str:
+    """Where a set belongs: OUTPUT, OUTPUT-val, OUTPUT-GROUP."""
+    return "-".join(filter(None, (output.rstrip("/"), name)))
 
 
-def refuse_existing(output: Path, names: Iterable[str]) -> None:
+def building_folder(work: str, output: str, name: str) -> str:
+    """Where a set is built."""
+    final = set_folder(output, name)
+    return final if store.is_remote(output) else store.join(work, "sets", store.split(final)[1])
+
+
+def refuse_existing(output: str, names: Iterable[str]) -> None:
     for name in names:
-        directory = directory_of(output, name)
-        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-            raise UserError(f"{directory}: exists already; remove it, or choose another --output")
+        folder = set_folder(output, name)
+        if store.has_files(folder):
+            raise UserError(f"{folder}: exists already; remove it, or choose another --output")
 
 
-def commit(output: Path, work: Path) -> list[Path]:
+def mark_merged(work: str, names: list[str]) -> None:
+    store.write_bytes(store.join(work, "merged.json"), json.dumps({"sets": names}).encode())
+
+
+def merged(work: str) -> list[str] | None:
+    """The names of the sets, once all of them are built; before that None."""
+    data = store.read_bytes(store.join(work, "merged.json"))
+    return None if data is None else json.loads(data)["sets"]
+
+
+def commit(output: str, work: str) -> list[str]:
     """Renames the finished sets into place and removes the work folder. Can be interrupted and called again."""
-    names = read_json(work / "merged.json", "the list of finished sets")["sets"]
-    waiting = [name for name in names if (work / "sets" / directory_of(output, name).name).exists()]
-    refuse_existing(output, waiting)
-    for name in waiting:
-        directory = directory_of(output, name)
-        os.rename(work / "sets" / directory.name, directory)
-        sync_directory(directory.parent)
-    shutil.rmtree(work / "tasks", ignore_errors=True)
-    shutil.rmtree(work)
-    return [directory_of(output, name) for name in names]
-
-
-def mark_merged(work: Path, names: list[str]) -> None:
-    write_json(work / "merged.json", {"sets": names})
+    names = merged(work)
+    assert names is not None
+    if not store.is_remote(output):
+        waiting = [name for name in names if os.path.exists(building_folder(work, output, name))]
+        refuse_existing(output, waiting)
+        for name in waiting:
+            final = set_folder(output, name)
+            os.rename(building_folder(work, output, name), final)
+            sync_directory(Path(store.split(final)[0]))
+    store.remove_folder(store.join(work, "tasks"))
+    store.remove_folder(work)
+    return [set_folder(output, name) for name in names]

@@ -10,8 +10,8 @@ An unfinished run lives in `OUTPUT.partial`. The same command again goes on from
 import errno
 import fcntl
 import functools
+import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastcpt import UserError
-from fastcpt.data_prep import encoding, merge
+from fastcpt.data_prep import dedup, encoding, engines, merge, store
 from fastcpt.data_prep.encoding import Backend
-from fastcpt.data_prep.engines import run_local
+from fastcpt.data_prep.engines import Engine
 from fastcpt.data_prep.inputs import Input, Task, find_inputs, make_tasks
+from fastcpt.data_prep.parts import MAX_SETS, Job
 from fastcpt.data_prep.progress import Meter
-from fastcpt.data_prep.tasks import MAX_SETS, Job, finished_record, run_task
-from fastcpt.integrity import read_json, sha256_json, write_durably, write_json
-from fastcpt.shards import read_manifest
+from fastcpt.data_prep.tasks import run_task
+from fastcpt.integrity import sha256_json
+from fastcpt.shards import MANIFEST
 
 
 def prep(
@@ -36,58 +37,72 @@ def prep(
     tokenizer: str,
     output: str | Path,
     workers: int | None = None,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
     text_key: str = "text",
     group_key: str | None = None,
     eod: str | None = None,
     shard_tokens: int = 1_000_000_000,
     val_fraction: float = 0.0,
+    dedup: bool = False,
     on_error: Literal["fail", "skip"] = "fail",
     backend: Backend = "gigatoken",
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Tokenizes files, folders and glob patterns into shard sets. Returns the manifest of each set plus its "path".
 
-    workers: processes, one a CPU that this process may use by default. Keys: of JSON objects and parquet columns,
-    "meta.source" for nested ones. group_key: one set for each value, `OUTPUT-VALUE`. val_fraction: the share of
-    documents, chosen by the hash of their bytes, that goes to `OUTPUT-val`. on_error: "fail" stops at the first
-    document that cannot be used, "skip" leaves such documents out and lists them in `ledger.parquet`.
+    inputs, output: paths, or URLs of any store that fsspec opens. workers: tasks at once, one a CPU that this process
+    may use (that the Ray cluster has) by default. Keys: of JSON objects and parquet columns, "meta.source" for nested
+    ones. group_key: one set for each value, `OUTPUT-VALUE`. val_fraction: the share of documents, chosen by the hash of
+    their bytes, that goes to `OUTPUT-val`. dedup: of documents with the same text the first in input order is kept.
+    on_error: "fail" stops at the first document that cannot be used, "skip" leaves such documents out and lists them in
+    `ledger.parquet`.
 
     Raises UserError for whatever the user can mend. Started from a script, that script needs the usual
     `if __name__ == "__main__":`, because worker processes import it.
     """
-    output = Path(output)
-    _check_arguments(output, workers, shard_tokens, val_fraction)
-    work = output.with_name(output.name + ".partial")
-    if not (work / "merged.json").exists():
+    output = str(output)
+    check_arguments(output, workers, shard_tokens, val_fraction)
+    work = output.rstrip("/") + ".partial"
+    if merge.merged(work) is None and not store.is_remote(output):
         merge.refuse_existing(output, ["", "val"] if val_fraction else [""])
     tokenizer_json = encoding.load_tokenizer(tokenizer)
     vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
-    encoding.make_tools(tokenizer_json, vocabulary, backend)  # refused here rather than in a worker
     sources = find_inputs(inputs)
     tasks = make_tasks(sources)
-    job = Job(work, vocabulary, text_key, group_key, val_fraction, on_error, backend)
-    workers = workers or len(os.sched_getaffinity(0))
+    job = Job(work, vocabulary, text_key, group_key, val_fraction, on_error, backend, dedup)
+    if engine == "ray":
+        where = engines.on_ray(ray_address, workers)
+    else:
+        where = engines.local(workers or len(os.sched_getaffinity(0)))
     try:
-        with _owned(work):
-            _claim(job, sources, tasks, shard_tokens, tokenizer_json)
+        with owned(work):
+            _claim(job, sources, tasks, shard_tokens, tokenizer_json, output)
             try:
-                if not (work / "merged.json").exists():
-                    records = _run_tasks(tasks, job, workers, quiet)
-                    _merge(sources, records, job, output, shard_tokens, tokenizer_json, workers, quiet)
+                if merge.merged(work) is None:
+                    with where as run:
+                        records = _run_tasks(tasks, job, run, quiet)
+                        _merge(sources, records, job, output, shard_tokens, tokenizer_json, run, quiet)
                 paths = merge.commit(output, work)
             except UserError:
-                if not any(job.folder.glob("*.json")):  # nothing to go on from, and the inputs may be mended now
-                    shutil.rmtree(work)
+                if not store.any_file(job.folder, ".json"):  # nothing to go on from, and the inputs may be mended now
+                    store.remove_folder(work)
                 raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"{work}: the disk is full; free some space and run the same command again to go on") from None
-    return [{**read_manifest(path), "path": str(path)} for path in paths]
+    return [{**_manifest(path), "path": path} for path in paths]
 
 
-def _check_arguments(output: Path, workers: int | None, shard_tokens: int, val_fraction: float) -> None:
-    if not output.name:
+def _manifest(path: str) -> dict[str, Any]:
+    data = store.read_bytes(store.join(path, MANIFEST))
+    assert data is not None, path
+    return json.loads(data)
+
+
+def check_arguments(output: str, workers: int | None, shard_tokens: int, val_fraction: float) -> None:
+    if not store.split(output)[1].strip("."):
         raise UserError(f"--output {output}: has no name of its own; name a new folder")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be 1 or more")
@@ -98,10 +113,14 @@ def _check_arguments(output: Path, workers: int | None, shard_tokens: int, val_f
 
 
 @contextmanager
-def _owned(work: Path) -> Iterator[None]:
-    """One run at a time in a work folder; the system frees the lock of a process that dies."""
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "a") as lock:
+def owned(work: str) -> Iterator[None]:
+    """One run at a time in a work folder; the system frees the lock of a process that dies. A remote store has no locks:
+    there two runs of one plan do the same work twice, and another plan is refused."""
+    if store.is_remote(work):
+        yield
+        return
+    os.makedirs(work, exist_ok=True)
+    with open(store.join(work, "lock"), "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -109,10 +128,12 @@ def _owned(work: Path) -> Iterator[None]:
         yield
 
 
-def _claim(job: Job, sources: list[Input], tasks: list[Task], shard_tokens: int, tokenizer_json: bytes) -> None:
+def _claim(
+    job: Job, sources: list[Input], tasks: list[Task], shard_tokens: int, tokenizer_json: bytes, output: str
+) -> None:
     """Makes the work folder this run's, or checks that it is. Raises UserError with what differs."""
     plan: dict[str, Any] = {
-        "inputs": {source.name: [source.size, source.mtime_ns] for source in sources},
+        "inputs": {source.name: [source.size, source.version] for source in sources},
         "division into tasks": sha256_json([asdict(task) for task in tasks]),
         "tokenizer": job.vocabulary.fingerprint,
         "--eod": job.vocabulary.eod_token,
@@ -120,21 +141,29 @@ def _claim(job: Job, sources: list[Input], tasks: list[Task], shard_tokens: int,
         "--group-key": job.group_key,
         "--val-fraction": job.val_fraction,
         "--shard-tokens": shard_tokens,
+        "--dedup": job.dedup,
         "--tokenizer-backend": job.backend,
     }
-    path = job.work / "plan.json"
-    if path.exists():
-        begun = read_json(path, "the plan of an unfinished run")
-        changed = [_difference(key, begun.get(key), plan[key]) for key in plan if begun.get(key) != plan[key]]
+    path = store.join(job.work, "plan.json")
+    begun = store.read_bytes(path)
+    if begun is not None:
+        try:
+            old = json.loads(begun)
+        except ValueError:
+            raise UserError(f"{path}: cut off or changed; remove {job.work} and start anew") from None
+        changed = [_difference(key, old.get(key), plan[key]) for key in plan if old.get(key) != plan[key]]
         if changed:
             raise UserError(
                 f"{job.work}: holds an unfinished run that differs in {changed[0]}; "
                 "remove that folder to start anew, or repeat the earlier command to finish it"
             )
         return
-    job.folder.mkdir(exist_ok=True)
-    write_durably(job.work / "tokenizer.json", tokenizer_json)
-    write_json(path, plan)
+    if store.is_remote(output):  # where sets are built in place: what is there before the run begins is not its own
+        merge.refuse_existing(output, ["", "val"] if job.val_fraction else [""])
+    else:
+        os.makedirs(job.folder, exist_ok=True)
+    store.write_bytes(store.join(job.work, "tokenizer.json"), tokenizer_json)
+    store.write_bytes(path, json.dumps(plan).encode())
 
 
 def _difference(key: str, old: Any, new: Any) -> str:
@@ -144,25 +173,24 @@ def _difference(key: str, old: Any, new: Any) -> str:
     return f"{key} ({old} then, {new} now)"
 
 
-def _file(entry: list[int] | None) -> str:
-    return f"{entry[0]:,} bytes of mtime {entry[1]}" if entry else "not an input"
+def _file(entry: list[Any] | None) -> str:
+    return f"{entry[0]:,} bytes of version {entry[1]}" if entry else "not an input"
 
 
-def _run_tasks(tasks: list[Task], job: Job, workers: int, quiet: bool) -> list[dict[str, Any]]:
+def _run_tasks(tasks: list[Task], job: Job, engine: Engine, quiet: bool) -> list[dict[str, Any]]:
     """The records of all tasks, in task order."""
-    records = [finished_record(task, job) for task in tasks]
+    done: dict[int, dict[str, Any]] = {}
     with Meter("tokenize", sum(task.weight for task in tasks), quiet) as meter:
-        waiting = [task for task, record in zip(tasks, records) if record is None]
-        meter.skip(sum(task.weight for task in tasks) - sum(task.weight for task in waiting))
-        for record in run_local(functools.partial(run_task, job=job), waiting, workers):
-            records[record["task"]] = record
+        for record in engine(functools.partial(run_task, job=job), tasks):
+            done[record["task"]] = record
             sets = [counts for piece in record["pieces"] for counts in piece["sets"].values()]
             meter.add(record["bytes"], sum(tokens for _, tokens, _ in sets))
-        done = [record for record in records if record is not None]
-        assert len(done) == len(tasks)
+    records = [done[task.index] for task in tasks]
+    if job.dedup:
+        records = dedup.remove(records, job, engine)
     if not quiet:
-        _summarize(done, meter.speed)
-    return done
+        _summarize(records, meter.speed)
+    return records
 
 
 def _summarize(records: list[dict[str, Any]], speed: str) -> None:
@@ -184,13 +212,13 @@ def _merge(
     sources: list[Input],
     records: list[dict[str, Any]],
     job: Job,
-    output: Path,
+    output: str,
     shard_tokens: int,
     tokenizer_json: bytes,
-    workers: int,
+    engine: Engine,
     quiet: bool,
 ) -> None:
-    """Builds every set in the work folder."""
+    """Builds every set."""
     table = merge.ledger(sources, records)
     names = merge.set_names(records, job)
     if not names:
@@ -199,18 +227,16 @@ def _merge(
         raise UserError(
             f"--group-key {job.group_key}: {len(names):,} sets; choose a key with at most {MAX_SETS:,} values"
         )
-    merge.refuse_existing(output, names)
-    pairs: list[merge.Pair] = []
-    directories = {name: job.work / "sets" / merge.directory_of(output, name).name for name in names}
-    for name, directory in directories.items():
-        directory.mkdir(parents=True, exist_ok=True)
-        pairs += merge.plan_pairs(name, records, job, directory, shard_tokens)
-    entries: dict[Path, dict[int, dict[str, Any]]] = {directory: {} for directory in directories.values()}
+    if not store.is_remote(output):
+        merge.refuse_existing(output, names)
+    pairs = [pair for name in names for pair in merge.plan_pairs(name, records, job, output, shard_tokens)]
+    folders = {name: merge.building_folder(job.work, output, name) for name in names}
+    entries: dict[str, dict[int, dict[str, Any]]] = {folder: {} for folder in folders.values()}
     with Meter("merge", sum(pair.bytes for pair in pairs), quiet) as meter:
-        for pair, entry in run_local(merge.write_pair, pairs, workers):
-            entries[pair.directory][pair.index] = entry
+        for pair, entry in engine(merge.write_pair, pairs):
+            entries[pair.folder][pair.index] = entry
             meter.add(pair.bytes)
-    for name, directory in directories.items():
-        ordered = [entry for _, entry in sorted(entries[directory].items())]
-        merge.finish_set(name, directory, ordered, table, tokenizer_json, job.vocabulary)
+    for name, folder in folders.items():
+        ordered = [entry for _, entry in sorted(entries[folder].items())]
+        merge.finish_set(name, folder, ordered, table, tokenizer_json, job.vocabulary)
     merge.mark_merged(job.work, names)

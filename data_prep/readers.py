@@ -2,29 +2,35 @@
 
 Every line, row or file becomes a `Document` or a `Reject`; only an empty line is neither, and those are counted. Lines
 end at b"\\n" alone (one b"\\r" before it is dropped), a UTF-8 byte order mark at the start of a file is skipped, and
-everything else in a text is kept as it is. Memory is bounded: a document may have MAX_DOCUMENT_BYTES.
+everything else in a text is kept as it is. Of keys in JSON only those that are asked for must not occur twice.
 """
 
 import json
-import os
-import zlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import zstandard
 
 from fastcpt import UserError
+from fastcpt.data_prep import store, streams
 from fastcpt.data_prep.inputs import Piece
+from fastcpt.data_prep.streams import (
+    CHUNK_BYTES,
+    Bad,
+    file_chunks,
+    gzip_chunks,
+    line_start,
+    split_lines,
+    zstd_chunks,
+)
 
-# The longest line, text file or parquet value. Far above any text worth training on, and small enough to hold.
-MAX_DOCUMENT_BYTES = 1 << 30
-CHUNK_BYTES = 1 << 20
-# A block of a zstd frame takes at least 4 bytes and holds at most 128 KiB, so this much input gives at most 33 MB.
-ZSTD_FEED_BYTES = 1 << 10
 PARQUET_ROWS = 256
+KNOWN_GROUPS = 1000
+_ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -48,36 +54,32 @@ class Reject(NamedTuple):
     documents: int = 1
 
 
-class Bad(Exception):
-    """Why a document is rejected; `at` is the offset within its line."""
-
-    def __init__(self, reason: str, detail: str, at: int = 0) -> None:
-        super().__init__(reason)
-        self.reason, self.detail, self.at = reason, detail, at
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        raise ValueError("a key occurs twice in one object")
-    return record
-
-
 def _not_json(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_not_json)
+def _decoder(parts: set[str]) -> json.JSONDecoder:
+    """Refuses an object in which one of these keys occurs twice: which of them is meant?"""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) != len(pairs):
+            keys = [key for key, _ in pairs]
+            if twice := sorted(key for key in parts if keys.count(key) > 1):
+                raise ValueError(f"the key {twice[0]!r} occurs twice in one object")
+        return record
+
+    return json.JSONDecoder(object_pairs_hook=unique, parse_constant=_not_json)
 
 
-def parse(line: bytes) -> dict[str, Any]:
-    """One line of JSON, an object. The one place that knows the JSON parser. Raises Bad."""
+def parse(line: bytes, decoder: json.JSONDecoder) -> dict[str, Any]:
+    """One line of JSON, an object, at leisure: it finds what is wrong and where. Raises Bad."""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise Bad("invalid UTF-8", f"byte 0x{line[error.start]:02x}", error.start) from None
     try:
-        record = _DECODER.decode(text)
+        record = decoder.decode(text)
     except json.JSONDecodeError as error:
         raise Bad("broken JSON", error.msg, len(text[: error.pos].encode())) from None
     except RecursionError:
@@ -122,8 +124,8 @@ def check_utf8(data: bytes) -> None:
 def _text(data: bytes) -> bytes:
     if not data:
         raise Bad("empty document", "it has no text")
-    if len(data) > MAX_DOCUMENT_BYTES:
-        raise Bad("too long", f"over {MAX_DOCUMENT_BYTES:,} bytes; split it")
+    if len(data) > streams.MAX_DOCUMENT_BYTES:
+        raise Bad("too long", f"over {streams.MAX_DOCUMENT_BYTES:,} bytes; split it")
     return data
 
 
@@ -135,105 +137,6 @@ def _group(data: bytes, key: str) -> str:
     return value
 
 
-class ArchiveError(Exception):
-    """A compressed file that ends early or cannot be decompressed; what came before it is good."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
-
-
-def gzip_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The decompressed content, at most CHUNK_BYTES at a time, of all members. Raises ArchiveError at the end."""
-    stream: Any = None
-    members = 0
-    while data := file.read(CHUNK_BYTES):
-        while data:
-            if stream is None:
-                data = data.lstrip(b"\0") if members else data  # tapes and tar pad with zeros
-                if not data:
-                    break
-                stream = zlib.decompressobj(31)
-                members += 1
-            try:
-                yield stream.decompress(data, CHUNK_BYTES)
-            except zlib.error as error:
-                raise ArchiveError("damaged archive", str(error)) from None
-            data = stream.unconsumed_tail or stream.unused_data
-            if stream.eof:
-                stream = None
-    if stream is not None or not members:
-        raise ArchiveError("truncated archive", "the gzip stream ends early")
-
-
-def zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The decompressed content of all frames, in bounded pieces. Raises ArchiveError at the end.
-
-    `stream_reader` would take a file that was cut for its end, and `decompressobj` alone returns all that its input
-    holds, gigabytes out of kilobytes: so it is fed little at a time.
-    """
-    decompressor = zstandard.ZstdDecompressor()
-    stream: Any = None
-    frames = 0
-    out: list[bytes] = []
-    size = 0
-    try:
-        while data := file.read(ZSTD_FEED_BYTES):
-            while data:
-                if stream is None:
-                    stream = decompressor.decompressobj()
-                    frames += 1
-                out.append(stream.decompress(data))
-                size += len(out[-1])
-                data = stream.unused_data if stream.eof else b""
-                if stream.eof:
-                    stream = None
-            if size >= CHUNK_BYTES:
-                yield b"".join(out)
-                out, size = [], 0
-    except zstandard.ZstdError as error:
-        yield b"".join(out)
-        raise ArchiveError("damaged archive", str(error)) from None
-    yield b"".join(out)
-    if stream is not None or not frames:
-        raise ArchiveError("truncated archive", "the zstd frame ends early")
-
-
-def split_lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, bytes | Bad]]:
-    """(offset, line without its newline); Bad for a line that is too long or that an archive's end cut off."""
-    head: list[bytes] = []
-    size = 0  # of the line so far; beyond the limit its bytes are not kept
-    try:
-        for chunk in chunks:
-            *whole, tail = chunk.split(b"\n")
-            for line in whole:
-                if size:
-                    head.append(line)
-                    line, extra = b"".join(head), size + len(line)
-                    head, size = [], 0
-                else:
-                    extra = len(line)
-                too_long = extra > MAX_DOCUMENT_BYTES
-                yield offset, Bad("too long", f"a line of {extra:,} bytes; split it") if too_long else line
-                offset += extra + 1
-            size += len(tail)
-            head.append(tail)
-            if size > MAX_DOCUMENT_BYTES:
-                head = []
-    except ArchiveError as error:
-        yield offset, Bad(error.reason, error.detail)
-        return
-    if size > MAX_DOCUMENT_BYTES:
-        yield offset, Bad("too long", f"a line of {size:,} bytes; split it")
-    elif size:
-        yield offset, b"".join(head)
-
-
-def _file_chunks(file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK_BYTES):
-        yield chunk
-
-
 class PieceReader:
     """Iterates over the documents of a piece. Afterwards `lines` is how many lines (rows, files) there were and `blank`
     how many of them were empty: `lines - blank` is the number of documents, good and rejected."""
@@ -241,61 +144,104 @@ class PieceReader:
     def __init__(self, piece: Piece, text_key: str, group_key: str | None) -> None:
         self.piece, self.text_key, self.group_key = piece, text_key, group_key
         self.lines = self.blank = 0
+        keys = [key for key in (text_key, group_key) if key is not None]
+        self._decoder = _decoder({part for key in keys for part in (key, *key.split("."))})
+        # How often a line spells each part of the keys, if it can be read without looking closely; "a.b" may be a key too.
+        self._plain = all(re.fullmatch(r"[\w. -]+", key, re.ASCII) for key in keys)
+        self._spelled = {
+            orjson.dumps(part): int(part not in keys or "." not in part)
+            for key in keys
+            for part in (key, *key.split("."))
+        }
+        self._text_path, self._group_path = text_key.split("."), group_key.split(".") if group_key is not None else []
+        self._groups: dict[str, str] = {}  # values that were found good
 
     def __iter__(self) -> Iterator[Document | Reject]:
         source = self.piece.source
-        with open(source.path, "rb") as file:
+        with store.open_read(source.path) as file:
             if source.suffix == ".parquet":
-                yield from self._parquet()
+                yield from self._parquet(file)
             elif source.suffix == ".txt":
                 yield self._text_file(file)
             elif source.suffix == ".jsonl":
                 yield from self._jsonl(file)
             else:
                 chunks = gzip_chunks(file) if source.suffix == ".jsonl.gz" else zstd_chunks(file)
-                for offset, line in split_lines(chunks, 0):
-                    yield from self._line(line, offset)
-            status = os.fstat(file.fileno())
-        if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+                yield from self._lines(split_lines(chunks, 0))
+        if store.stat(source.path) != (source.size, source.version):
             raise UserError(f"{source.path}: changed while it was read; leave the inputs alone and start again")
 
     def _jsonl(self, file: BinaryIO) -> Iterator[Document | Reject]:
-        start = self.piece.start
-        # The line that is under way at `start` belongs to the piece before, so begin at its last byte and drop one.
-        file.seek(max(0, start - 1))
-        lines = split_lines(_file_chunks(file), max(0, start - 1))
-        if start:
-            next(lines, None)
-        for offset, line in lines:
-            if offset >= self.piece.stop:
-                return
-            yield from self._line(line, offset)
+        start = line_start(file, self.piece.start, self.piece.stop)
+        file.seek(start)
+        return self._lines(split_lines(file_chunks(file), start))
 
-    def _line(self, line: bytes | Bad, offset: int) -> Iterator[Document | Reject]:
-        number = self.lines
-        self.lines += 1
-        if isinstance(line, Bad):
-            yield Reject(line.reason, line.detail, number, offset)
-            return
+    def _lines(self, found: Iterator[tuple[int, list[bytes] | Bad]]) -> Iterator[Document | Reject]:
+        compressed = self.piece.source.suffix != ".jsonl"
+        for offset, lines in found:
+            for line in (lines,) if isinstance(lines, Bad) else lines:
+                if offset >= self.piece.stop and not compressed:
+                    return
+                self.lines += 1
+                if not line:  # at once: there can be very many
+                    self.blank += 1
+                    offset += 1
+                    continue
+                if isinstance(line, Bad):
+                    yield Reject(line.reason, line.detail, self.lines - 1, offset)
+                    continue
+                if (item := self._at_once(line, offset) or self._closely(line, offset)) is not None:
+                    yield item
+                offset += len(line) + 1
+
+    def _at_once(self, line: bytes, offset: int) -> Document | None:
+        """The document of a line, if nothing is unusual about it; None if it has to be looked at closely.
+
+        A key that occurs twice in an object is twice in the line, or one of the two is spelled with escapes.
+        """
+        if not self._plain or (b"\\u00" in line and _ESCAPED_ASCII.search(line)):
+            return None
+        try:
+            record = orjson.loads(line)
+            for spelled, times in self._spelled.items():
+                if line.count(spelled) != times:
+                    return None
+            text, group = record, record
+            for part in self._text_path:
+                text = text[part]
+            data = text.encode()
+            if not self._group_path:
+                return Document(data, None, self.lines - 1, offset) if data else None
+            for part in self._group_path:
+                group = group[part]
+            return Document(data, self._groups[group], self.lines - 1, offset) if data else None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+    def _closely(self, line: bytes, offset: int) -> Document | Reject | None:
+        """The document of a line, or what is wrong with it; None for an empty one."""
+        number = self.lines - 1
         line = line.removesuffix(b"\r")
         if offset == 0 and line.startswith(BOM):
             offset, line = len(BOM), line[len(BOM) :]
         if not line:
             self.blank += 1
-            return
+            return None
         try:
-            record = parse(line)
+            record = parse(line, self._decoder)
             data = _text(_encoded(_field(record, self.text_key), self.text_key))
             group = None
             if self.group_key is not None:
                 group = _group(_encoded(_field(record, self.group_key), self.group_key), self.group_key)
-            yield Document(data, group, number, offset)
+                if len(self._groups) < KNOWN_GROUPS:
+                    self._groups[group] = group
+            return Document(data, group, number, offset)
         except Bad as bad:
-            yield Reject(bad.reason, bad.detail, number, offset + bad.at)
+            return Reject(bad.reason, bad.detail, number, offset + bad.at)
 
     def _text_file(self, file: BinaryIO) -> Document | Reject:
         self.lines = 1
-        data = file.read(min(self.piece.source.size, MAX_DOCUMENT_BYTES + len(BOM) + 1))
+        data = file.read(min(self.piece.source.size, streams.MAX_DOCUMENT_BYTES + len(BOM) + 1))
         start = len(BOM) if data.startswith(BOM) else 0
         data = data[start:]
         try:
@@ -306,9 +252,13 @@ class PieceReader:
             return Reject(bad.reason, bad.detail, data.count(b"\n", 0, bad.at), start + bad.at)
         return Document(data, None, 0, start)
 
-    def _parquet(self) -> Iterator[Document | Reject]:
+    def _parquet(self, file: BinaryIO) -> Iterator[Document | Reject]:
         try:
-            table = pq.ParquetFile(self.piece.source.path, page_checksum_verification=True)
+            metadata = pq.read_metadata(file)
+            columns = (metadata.schema.column(index) for index in range(metadata.num_columns))
+            # As a dictionary: a page may say "this value of 30 MB, 256 times" in a few bytes.
+            texts = [c.path for c in columns if c.path == self.text_key and c.physical_type == "BYTE_ARRAY"]
+            table = pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, read_dictionary=texts)
         except (pa.ArrowException, OSError) as error:
             self.lines = 1
             yield Reject("damaged file", first_line(error), 0, 0)
@@ -371,10 +321,18 @@ def _column(batch: pa.RecordBatch, path: list[str] | None) -> list[Any]:
     if len(path) > 1:
         column = pc.struct_field(column, path[1:])
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+        distinct, values = _binary(column.dictionary), dict[int | None, Any]()
+        for index in column.indices.to_pylist():
+            if index not in values:
+                values[index] = None if index is None else distinct[index].as_py()
+        return [values[index] for index in column.indices.to_pylist()]
+    return _binary(column).to_pylist()
+
+
+def _binary(column: pa.Array) -> pa.Array:
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
-        column = column.cast(pa.large_binary())
-    return column.to_pylist()
+        return column.cast(pa.large_binary())
+    return column
 
 
 def lines_before(piece: Piece) -> int:
@@ -383,9 +341,9 @@ def lines_before(piece: Piece) -> int:
     if piece.start == 0:
         return 0
     if source.suffix == ".parquet":
-        with pq.ParquetFile(source.path) as table:
+        with store.open_read(source.path) as opened, pq.ParquetFile(opened) as table:
             return sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
-    with open(source.path, "rb") as file:
+    with store.open_read(source.path) as file:
         left, count = piece.start - 1, 1
         while left and (chunk := file.read(min(left, CHUNK_BYTES))):
             left -= len(chunk)

@@ -1,67 +1,45 @@
 """One task of preparation: pieces of inputs -> token ids in part files and a small record of what was done.
 
 `run_task` is a pure function of its task and job: any process, on any machine that sees the files, may run it, again
-if need be. Its record `tasks/000000.json` is written last, so that a task without one has not been done.
+if need be.
 """
 
+import contextlib
+import functools
+import itertools
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from fastcpt import UserError
-from fastcpt.data_prep.encoding import Backend, Encoder, Tools, Vocabulary, make_tools
+from fastcpt.data_prep import dedup, store
+from fastcpt.data_prep.encoding import Encoder, Tools, Vocabulary, make_tools
 from fastcpt.data_prep.inputs import Piece, Task
+from fastcpt.data_prep.parts import EXAMPLES, Files, Job, Parts, finished_record, record_file, write_record
 from fastcpt.data_prep.readers import Document, PieceReader, Reject, lines_before
-from fastcpt.integrity import block_hash, read_json, sync_file, write_json
 
 BATCH_BYTES = 4 << 20
-EXAMPLES = 10  # places that the ledger keeps for each reason and input; all are counted
-MAX_SETS = 1000
-# Every run compares gigatoken with the reference, on documents up to CHECK_BYTES: the first of each task, and those whose
-# hash falls in CHECK_SHARE.
+# Every run compares gigatoken with the reference, on documents up to CHECK_BYTES: the first of each task, and CHECK_SHARE
+# of the others, at random.
 CHECK_BYTES = 64 << 10
 CHECK_SHARE = 0.0004
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the tasks of a run have in common. work: the folder of an unfinished run, with `tokenizer.json`."""
-
-    work: Path
-    vocabulary: Vocabulary
-    text_key: str
-    group_key: str | None
-    val_fraction: float
-    on_error: Literal["fail", "skip"]
-    backend: Backend
-
-    @property
-    def folder(self) -> Path:
-        return self.work / "tasks"
-
-    def record_path(self, task: int) -> Path:
-        return self.folder / f"{task:06d}.json"
-
-    def part_path(self, task: int, name: str) -> Path:
-        """Tokens of set `name` that a task made; beside it `.lengths`, int32, one a document."""
-        return self.folder / f"{task:06d}-{name}.tokens"
-
-    def set_of(self, document: Document) -> str:
-        """ "", "val", "GROUP" or "GROUP-val". The choice depends on the bytes of the text alone."""
-        validation = self.val_fraction and block_hash(document.data) < self.val_fraction * 2**64
-        return "-".join(filter(None, (document.group, "val" if validation else "")))
-
-
+@functools.lru_cache(1)
 def _tools(job: Job) -> Tools:
-    return make_tools((job.work / "tokenizer.json").read_bytes(), job.vocabulary, job.backend)
+    """Built once per process and kept."""
+    tokenizer_json = store.read_bytes(store.join(job.work, "tokenizer.json"))
+    if tokenizer_json is None:
+        raise UserError(
+            f"{job.work}: not to be seen from {os.uname().nodename}; put --output where all nodes can see it"
+        )
+    return make_tools(tokenizer_json, job.vocabulary, job.backend)
 
 
-@dataclass
+@dataclass(eq=False)
 class Tally:
     """What became of a piece. sets: name -> [documents, tokens, text bytes]."""
 
@@ -118,6 +96,7 @@ def _documents(task: Task, job: Job, uncovered: Callable[[bytes], int | None], t
         tally = Tally(piece)
         tallies.append(tally)
         reader = PieceReader(piece, job.text_key, job.group_key)
+        one_set = None if reserved or job.group_key is not None else ""
         for item in reader:
             if isinstance(item, Document):
                 if (byte := uncovered(item.data)) is not None:
@@ -126,7 +105,7 @@ def _documents(task: Task, job: Job, uncovered: Callable[[bytes], int | None], t
                     detail = f"{item.group!r}, but names that end in val are those of the validation sets"
                     item = Reject("not a name", detail, item.line, item.offset)
             if isinstance(item, Document):
-                yield Entry(tally, item, job.set_of(item))
+                yield Entry(tally, item, job.set_of(item) if one_set is None else one_set)
             elif job.on_error == "fail":
                 _stop(piece, item)
             else:
@@ -147,13 +126,13 @@ def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
         yield batch
 
 
-def _check(batch: list[Entry], ids: np.ndarray, ends: np.ndarray, reference: Encoder, first: int) -> int:
-    """Compares the sample of a batch with the reference, the first `first` documents included. Returns how many."""
-    sample: list[int] = []
-    for index, entry in enumerate(batch):
-        data = entry.document.data
-        if len(data) <= CHECK_BYTES and (len(sample) < first or zlib.crc32(data) < CHECK_SHARE * 2**32):
-            sample.append(index)
+def _check(
+    batch: list[Entry], ids: np.ndarray, ends: np.ndarray, reference: Encoder, first: int, random: np.random.Generator
+) -> int:
+    """Compares a sample of a batch with the reference, the first `first` documents included. Returns how many."""
+    drawn = random.random(len(batch)) < CHECK_SHARE
+    short = [index for index, entry in enumerate(batch) if len(entry.document.data) <= CHECK_BYTES]
+    sample = [index for number, index in enumerate(short) if number < first or drawn[index]]
     expected, counts = reference.encode([batch[index].document.data for index in sample])
     for index, want in zip(sample, np.split(expected, np.cumsum(counts)[:-1]), strict=False):
         got = ids[ends[index - 1] if index else 0 : ends[index]]
@@ -190,96 +169,66 @@ def _with_eod(ids: np.ndarray, ends: np.ndarray, vocabulary: Vocabulary) -> np.n
     return out
 
 
-class _Parts:
-    """The part files of a task, two a set, appended to batch by batch.
-
-    They get their names when they are whole, so that a task that runs twice at once does no harm: both runs write the
-    same bytes.
-    """
-
-    def __init__(self, job: Job, task: int) -> None:
-        self._job, self._task = job, task
-        self.sizes: dict[str, int] = {}
-
-    def _paths(self, name: str) -> tuple[Path, Path]:
-        tokens = self._job.part_path(self._task, name)
-        return tokens, tokens.with_suffix(".lengths")
-
-    def _unfinished(self, path: Path) -> Path:
-        return path.with_name(f"{path.name}.{os.getpid()}")
-
-    def write(self, name: str, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        mode = "ab" if name in self.sizes else "wb"
-        if len(self.sizes) >= MAX_SETS and mode == "wb":
-            raise UserError(f"--group-key {self._job.group_key}: over {MAX_SETS:,} values; choose a key with fewer")
-        for path, array in zip(self._paths(name), (tokens, lengths.astype("<i4")), strict=True):
-            with open(self._unfinished(path), mode) as file:
-                file.write(array.data)
-        self.sizes[name] = self.sizes.get(name, 0) + tokens.nbytes
-
-    def finish(self) -> None:
-        for name in self.sizes:
-            for path in self._paths(name):
-                sync_file(self._unfinished(path))
-                os.replace(self._unfinished(path), path)
-
-
-def _write_batch(batch: list[Entry], tokens: np.ndarray, lengths: np.ndarray, parts: _Parts) -> None:
-    for (tally, document, name), length in zip(batch, lengths.tolist(), strict=True):
+def _write_batch(batch: list[Entry], tokens: np.ndarray, lengths: np.ndarray, parts: Parts) -> None:
+    ends = np.cumsum(lengths)
+    done = 0
+    for (tally, name), entries in itertools.groupby(batch, key=lambda entry: (entry.tally, entry.set)):
+        sizes = [len(entry.document.data) for entry in entries]
         counts = tally.sets.setdefault(name, [0, 0, 0])
-        counts[0] += 1
-        counts[1] += length
-        counts[2] += len(document.data)
-    names = [entry.set for entry in batch]
-    distinct = sorted(set(names))
+        counts[0] += len(sizes)
+        counts[1] += int(lengths[done : done + len(sizes)].sum())
+        counts[2] += sum(sizes)
+        done += len(sizes)
+    assert done == len(batch) == len(ends)
+    distinct = sorted({entry.set for entry in batch})
     if len(distinct) == 1:
         parts.write(distinct[0], tokens, lengths)
         return
     index = {name: number for number, name in enumerate(distinct)}
-    set_of_document = np.fromiter((index[name] for name in names), np.int64, len(names))
+    set_of_document = np.fromiter((index[entry.set] for entry in batch), np.int64, len(batch))
     set_of_token = np.repeat(set_of_document, lengths)
     for name, number in index.items():
         parts.write(name, tokens[set_of_token == number], lengths[set_of_document == number])
 
 
 def run_task(task: Task, job: Job) -> dict[str, Any]:
-    """Tokenizes a task's documents, writes its part files and then its record, which it returns.
+    """Tokenizes a task's documents, writes its files and then its record, which it returns; only the latter if an
+    earlier run did it.
 
     Raises UserError at a document that cannot be used when `job.on_error` is "fail", and when gigatoken and its
     reference differ.
     """
+    if (finished := finished_record(task.index, job)) is not None:
+        return finished
     encoder, reference, uncovered = _tools(job)
-    parts = _Parts(job, task.index)
+    random = np.random.default_rng(task.index)
     tallies: list[Tally] = []
+    keys = dedup.Keys()
     checked = 0
-    for batch in _batches(_documents(task, job, uncovered, tallies)):
-        ids, counts = encoder.encode([entry.document.data for entry in batch])
-        assert len(counts) == len(batch)
-        ends = np.cumsum(counts)
-        _check_range(batch, ids, ends, job.vocabulary)
-        if reference is not None:
-            checked += _check(batch, ids, ends, reference, task.check_first - checked)
-        _write_batch(batch, _with_eod(ids, ends, job.vocabulary), counts + 1, parts)
-    parts.finish()
+    with contextlib.ExitStack() as stack:
+        files = Files(job, stack)
+        parts = Parts(job, task.index, files)
+        for batch in _batches(_documents(task, job, uncovered, tallies)):
+            ids, counts = encoder.encode([entry.document.data for entry in batch])
+            assert len(counts) == len(batch)
+            ends = np.cumsum(counts)
+            _check_range(batch, ids, ends, job.vocabulary)
+            if reference is not None:
+                checked += _check(batch, ids, ends, reference, task.check_first - checked, random)
+            _write_batch(batch, _with_eod(ids, ends, job.vocabulary), counts + 1, parts)
+            if job.dedup:
+                pieces = {tally: number for number, tally in enumerate(tallies)}
+                texts = [entry.document.data for entry in batch]
+                keys.add(texts, [pieces[entry.tally] for entry in batch], [entry.set for entry in batch])
+        sets = keys.write(files, task.index) if job.dedup else []
     record = {
         "task": task.index,
         "bytes": task.weight,
         "checked": checked,
-        "parts": parts.sizes,
+        "parts": parts.record,
+        "sets": sets,
         "pieces": [tally.record() for tally in tallies],
+        "files": files.record,
     }
-    write_json(job.record_path(task.index), record)
-    return record
-
-
-def finished_record(task: Task, job: Job) -> dict[str, Any] | None:
-    """The record of a task that an earlier run finished, else None."""
-    path = job.record_path(task.index)
-    if not path.exists():
-        return None
-    record = read_json(path, "the record of a finished task")
-    for name, size in record["parts"].items():
-        part = job.part_path(task.index, name)
-        if not part.exists() or os.stat(part).st_size != size:
-            return None
+    write_record(job, record_file(task.index), record)
     return record

@@ -18,11 +18,14 @@ def _prep(arguments: argparse.Namespace) -> int:
         tokenizer=arguments.tokenizer,
         output=arguments.output,
         workers=arguments.workers,
+        engine=arguments.engine,
+        ray_address=arguments.ray_address,
         text_key=arguments.text_key,
         group_key=arguments.group_key,
         eod=arguments.eod,
         shard_tokens=arguments.shard_tokens,
         val_fraction=arguments.val_fraction,
+        dedup=arguments.dedup,
         on_error=arguments.on_error,
         backend=arguments.tokenizer_backend,
     )
@@ -38,7 +41,9 @@ def _add_prep(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", required=True, metavar="T", help="tokenizer.json, its folder, or hub-id[@revision]"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the new shard set; validation goes to DIR-val")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
+    parser.add_argument("--workers", type=int, metavar="N", help="tasks at once (default: one a CPU)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where tasks run")
+    parser.add_argument("--ray-address", metavar="A", help="the Ray cluster's head (default: RAY_ADDRESS, or one here)")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="where a record's text is (default: text)")
     parser.add_argument("--group-key", metavar="KEY", help="make one set for each value of this key, DIR-VALUE")
     parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token (default: the tokenizer's own)")
@@ -48,6 +53,7 @@ def _add_prep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--val-fraction", type=float, default=0.0, metavar="F", help="share of documents for validation"
     )
+    parser.add_argument("--dedup", action="store_true", help="keep the first of documents with the same text")
     parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="broken documents: stop, or count")
     parser.add_argument(
         "--tokenizer-backend", choices=("gigatoken", "tokenizers"), default="gigatoken", help="same ids"
@@ -215,7 +221,22 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output) if arguments.output else None
-    if arguments.static:
+    if arguments.what == "prep":
+        from fastcpt.benchmarks import bench_prep
+
+        if arguments.tokenizer is None:
+            raise UserError("bench prep: name the tokenizer with --tokenizer FILE")
+        bench_prep.main(
+            arguments.tokenizer,
+            Path(arguments.text) if arguments.text else None,
+            output,
+            Path(arguments.work),
+            arguments.rivals_python or sys.executable,
+            arguments.megabytes,
+            arguments.share,
+            arguments.about_text,
+        )
+    elif arguments.static:
         from fastcpt.benchmarks import static
 
         static.main(output)
@@ -229,13 +250,23 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["kernels"],
-        help="kernels: times beside their rivals; on CPU those that have a path of their own",
+        choices=["kernels", "prep"],
+        help="kernels: times beside their rivals; on CPU those that have a path of their own; prep: `fastcpt prep` likewise",
     )
     parser.add_argument(
         "--static", action="store_true", help="instead, without a GPU: registers, spills, access widths, bytes moved"
     )
     parser.add_argument("--output", metavar="FOLDER", help="write the tables there as CSV files")
+    prep = parser.add_argument_group("prep")
+    prep.add_argument("--tokenizer", metavar="T", help="tokenizer.json, its folder, or hub-id[@revision]")
+    prep.add_argument("--text", metavar="FOLDER", help="text files of any kind (default: those of this Python)")
+    prep.add_argument("--about-text", metavar="WORDS", help="what that text is, for the record")
+    prep.add_argument("--megabytes", type=float, default=1000, metavar="MB", help="of text (default: 1000)")
+    prep.add_argument("--share", type=float, default=1.0, metavar="F", help="of it for the slow rivals (default: 1)")
+    prep.add_argument("--rivals-python", metavar="FILE", help="an interpreter that has the rivals (default: this one)")
+    prep.add_argument(
+        "--work", default="bench-prep", metavar="DIR", help="corpus, and what is done (default: bench-prep)"
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> int:

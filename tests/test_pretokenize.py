@@ -24,7 +24,7 @@ import zstandard
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fastcpt import UserError
-from fastcpt.data_prep import encoding, engines, inputs, merge, pretokenize, tasks
+from fastcpt.data_prep import encoding, engines, inputs, merge, parts, pretokenize, store, tasks
 from fastcpt.data_prep.pretokenize import prep
 from fastcpt.shards import ShardSet
 
@@ -175,7 +175,7 @@ def test_pairs_are_cut_at_documents(tmp_path: Path, run: Any, monkeypatch: Any, 
     """Against a plain loop: a pair is closed when the next document would pass the limit."""
     corpus(tmp_path / "in")
     monkeypatch.setattr(inputs, "TASK_BYTES", 700)
-    monkeypatch.setattr(merge, "WRITE_TOKENS", 50)
+    monkeypatch.setattr(parts, "WRITE_TOKENS", 50)
     run([str(tmp_path / "in")], output=tmp_path / "one")
     (manifest,) = run([str(tmp_path / "in")], output=tmp_path / "out", shard_tokens=shard_tokens)
     wanted: list[int] = []
@@ -604,17 +604,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, int], None
 
 
 STEPS = [
-    *[(tasks, "write_json", call) for call in (1, 2, 5)],
-    (tasks._Parts, "write", 3),
-    (tasks._Parts, "finish", 2),
+    *[(tasks, "write_record", call) for call in (1, 2, 5)],
+    (tasks.Parts, "write", 3),
+    (store.os, "replace", 9),
     (merge, "write_pair", 2),
     (merge, "finish_set", 1),
     (merge, "write_manifest", 2),
     (merge, "mark_merged", 1),
     (merge.os, "rename", 1),
     (merge.os, "rename", 2),
-    (merge.shutil, "rmtree", 1),
-    (merge.shutil, "rmtree", 2),
+    (store.shutil, "rmtree", 1),
+    (store.shutil, "rmtree", 2),
 ]
 
 
@@ -656,20 +656,20 @@ def test_restart_does_not_repeat_finished_tasks(tmp_path: Path, run: Any, monkey
     corpus(tmp_path / "in")
     monkeypatch.setattr(inputs, "TASK_BYTES", 1500)
     total = len(inputs.make_tasks(inputs.find_inputs([str(tmp_path / "in")])))
-    interrupt(tasks, "write_json", 4)
+    interrupt(tasks, "write_record", 4)
     with pytest.raises(Interrupted):
         run([str(tmp_path / "in")], output=tmp_path / "out")
     (tmp_path / "out.partial" / "tasks" / "000001-.tokens").write_bytes(b"cut")  # a record whose parts are not whole
     done: list[int] = []
-    original = tasks.run_task
-    monkeypatch.setattr(pretokenize, "run_task", lambda task, job: done.append(task.index) or original(task, job))
+    original = tasks._documents
+    monkeypatch.setattr(tasks, "_documents", lambda task, *rest: done.append(task.index) or original(task, *rest))
     run([str(tmp_path / "in")], output=tmp_path / "out")
     assert total > 5 and done == [1, *range(3, total)]
 
 
 def test_restart_with_something_changed_is_refused(tmp_path: Path, run: Any, interrupt: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
-    interrupt(tasks, "write_json", 1)
+    interrupt(tasks, "write_record", 1)
     with pytest.raises(Interrupted):
         run([str(path)], output=tmp_path / "out")
     for options, what in [
@@ -688,22 +688,23 @@ def test_restart_with_something_changed_is_refused(tmp_path: Path, run: Any, int
 
 def test_two_runs_never_share_a_folder(tmp_path: Path, run: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
-    with pretokenize._owned(tmp_path / "out.partial"), pytest.raises(UserError, match="another run is writing"):
+    with pretokenize.owned(str(tmp_path / "out.partial")), pytest.raises(UserError, match="another run is writing"):
         run([str(path)], output=tmp_path / "out")
     run([str(path)], output=tmp_path / "out")
 
 
 def test_killed_worker_is_reported_at_once() -> None:
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"killed.*memory.*same command again"):
-        list(engines.run_local(signal.raise_signal, [signal.SIGKILL, signal.SIGKILL], 2))
+    with pytest.raises(UserError, match=r"killed.*memory.*same command again"), engines.local(2) as engine:
+        list(engine(signal.raise_signal, [signal.SIGKILL, signal.SIGKILL]))
     assert time.monotonic() - start < 30
 
 
 def test_error_in_a_worker_stops_the_others_at_once() -> None:
     start = time.monotonic()
     with pytest.raises((TypeError, ValueError)):
-        list(engines.run_local(time.sleep, [600, -1], 2))
+        with engines.local(2) as engine:
+            list(engine(time.sleep, [600, -1]))
     assert time.monotonic() - start < 30
 
 
@@ -750,7 +751,12 @@ def test_kill_at_any_moment_and_run_again(tmp_path: Path, run: Any, tokenizer_fi
 
 
 def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
-    code = "import time; from fastcpt.data_prep.engines import run_local; list(run_local(time.sleep, [600, 600], 2))"
+    code = """
+import time
+from fastcpt.data_prep.engines import local
+with local(2) as engine:
+    list(engine(time.sleep, [600, 600]))
+"""
     process = subprocess.Popen([sys.executable, "-c", code])
     workers: list[int] = []
     limit = time.monotonic() + 60
@@ -802,7 +808,7 @@ def test_full_disk_is_an_error_with_a_mend(tmp_path: Path, run: Any, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks._Parts, "write", full)
+        patch.setattr(tasks.Parts, "write", full)
         with pytest.raises(UserError, match=r"out\.partial: the disk is full"):
             run([str(path)], output=tmp_path / "out")
     run([str(path)], output=tmp_path / "out")

@@ -1,0 +1,134 @@
+"""What tasks leave in the folder of an unfinished run: token ids in part files, and a record of what was done.
+
+A task's record `tasks/000000.json` is written last, so that a task without one has not been done.
+"""
+
+import contextlib
+import functools
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastcpt import UserError
+from fastcpt.data_prep import store
+from fastcpt.data_prep.encoding import Backend, Vocabulary
+from fastcpt.data_prep.readers import Document
+from fastcpt.integrity import block_hash, blocks
+
+MAX_SETS = 1000
+EXAMPLES = 10  # places that the ledger keeps for each reason and input; all are counted
+WRITE_TOKENS = 4 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the tasks of a run have in common. work: the folder (path or URL) of an unfinished run, with
+    `tokenizer.json`. dedup: keep the first of documents with the same text (`dedup.py`)."""
+
+    work: str
+    vocabulary: Vocabulary
+    text_key: str
+    group_key: str | None
+    val_fraction: float
+    on_error: Literal["fail", "skip"]
+    backend: Backend
+    dedup: bool = False
+
+    @property
+    def folder(self) -> str:
+        return store.join(self.work, "tasks")
+
+    def path(self, file: str) -> str:
+        return store.join(self.folder, file)
+
+    def set_of(self, document: Document) -> str:
+        """ "", "val", "GROUP" or "GROUP-val". The choice depends on the bytes of the text alone."""
+        validation = self.val_fraction and block_hash(document.data) < self.val_fraction * 2**64
+        return "-".join(filter(None, (document.group, "val" if validation else "")))
+
+
+def part_files(task: int, name: str, kind: str = "") -> tuple[str, str]:
+    """Of set `name` the tokens that a task made, and the lengths of the documents in tokens, int32."""
+    return f"{task:06d}-{name}{kind}.tokens", f"{task:06d}-{name}{kind}.lengths"
+
+
+def whole_documents(lengths: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """(documents, tokens) of stretches of some millions of tokens, so that memory does not depend on a part's size."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    done = 0
+    while done < len(ends):
+        start = int(ends[done - 1]) if done else 0
+        stop = max(done + 1, int(np.searchsorted(ends, start + WRITE_TOKENS, side="right")))
+        yield slice(done, stop), slice(start, int(ends[stop - 1]))
+        done = stop
+
+
+class Files:
+    """Files of a task that are appended to and get their names, and a place in its record, when all are whole.
+
+    They are not synced: the record holds the CRC-32 of each, and a task counts as finished when they agree.
+    """
+
+    def __init__(self, job: Job, stack: contextlib.ExitStack) -> None:
+        self._job, self._stack = job, stack
+        self._local: dict[str, Path] = {}
+        self.record: dict[str, list[int]] = {}  # name -> [bytes, CRC-32]
+
+    def append(self, name: str, array: np.ndarray) -> None:
+        fresh = name not in self._local
+        if fresh:
+            self._local[name] = self._stack.enter_context(store.staged(self._job.path(name)))
+            self.record[name] = [0, 0]
+        with open(self._local[name], "wb" if fresh else "ab") as file:
+            file.write(array.data)
+        size, crc = self.record[name]
+        self.record[name] = [size + array.nbytes, zlib.crc32(array.data, crc)]
+
+
+class Parts:
+    """The part files of a task, two a set."""
+
+    def __init__(self, job: Job, task: int, files: Files, kind: str = "") -> None:
+        self._job, self._task, self._files, self._kind = job, task, files, kind
+        self.record: dict[str, str] = {}  # set -> file of its tokens
+
+    def write(self, name: str, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        if name not in self.record and len(self.record) >= MAX_SETS:
+            raise UserError(f"--group-key {self._job.group_key}: over {MAX_SETS:,} values; choose a key with fewer")
+        tokens_file, lengths_file = part_files(self._task, name, self._kind)
+        self._files.append(tokens_file, tokens)
+        self._files.append(lengths_file, lengths.astype("<i4"))
+        self.record[name] = tokens_file
+
+
+def record_file(task: int, kind: str = "") -> str:
+    return f"{task:06d}{kind}.json"
+
+
+def write_record(job: Job, file: str, record: dict[str, Any]) -> None:
+    store.write_bytes(job.path(file), json.dumps(record, ensure_ascii=False).encode())
+
+
+def finished_record(task: int, job: Job, kind: str = "") -> dict[str, Any] | None:
+    """The record of a task whose files are all there, as they were written, else None."""
+    data = store.read_bytes(job.path(record_file(task, kind)))
+    try:
+        record = json.loads(data or b"")
+    except ValueError:  # cut off by a loss of power
+        return None
+    whole = all(_is_whole(job.path(name), *expected) for name, expected in record["files"].items())
+    return record if whole else None
+
+
+def _is_whole(path: str, size: int, crc: int) -> bool:
+    if store.size(path) != size:
+        return False
+    if store.is_remote(path):  # where an object is there as it was uploaded, or not at all
+        return True
+    with open(path, "rb") as file:
+        return functools.reduce(lambda so_far, block: zlib.crc32(block, so_far), blocks(file, 1 << 20), 0) == crc
