@@ -46,16 +46,20 @@ def check_size(path: Path, size: int) -> None:
         raise DamagedError(f"{path}: {actual:,} bytes, its manifest says {size:,}; restore it, or make it again")
 
 
+def check_block(path: Path, start: int, block: bytes | memoryview, expected: int) -> None:
+    """Raises DamagedError with the byte range unless `block`, which starts at byte `start` of a file, has its hash."""
+    if block_hash(block) != expected:
+        raise DamagedError(
+            f"{path}: bytes {start:,} to {start + len(block):,} differ from their hash; restore the file from a copy"
+        )
+
+
 def check_file(path: Path, size: int, hashes: np.ndarray, block_bytes: int) -> None:
     """Compares every byte with the recorded hashes; raises DamagedError with the file and the offset of the block."""
     check_size(path, size)
-    for index, actual in enumerate(file_hashes(path, block_bytes)):
-        if actual != hashes[index]:
-            start = index * block_bytes
-            stop = min(start + block_bytes, size)
-            raise DamagedError(
-                f"{path}: bytes {start:,} to {stop:,} differ from their hash; restore the file from a copy"
-            )
+    with open(path, "rb", buffering=0) as file:
+        for block, (index, expected) in zip(blocks(file, block_bytes), enumerate(hashes.tolist()), strict=True):
+            check_block(path, index * block_bytes, block, expected)
 
 
 def sha256_file(path: Path) -> str:

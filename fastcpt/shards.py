@@ -15,17 +15,17 @@ at stride T: window i is tokens [iT, iT + T], its first T tokens the input and i
 
 import hashlib
 import json
-import mmap
-import os
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fastcpt import UserError
+from fastcpt.blocks import BLOCK_BYTES, BlockFile, read_sums
 from fastcpt.integrity import (
     DamagedError,
     HashingWriter,
@@ -43,7 +43,6 @@ HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
 # Codes 6 and 7 are float types on which GPT-NeoX and Megatron-core disagree; token ids never use them.
 DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_CODES.items()}
-BLOCK_BYTES = 64 * 1024
 MANIFEST = "manifest.json"
 FORMAT = "fastcpt-shards"
 
@@ -212,11 +211,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def _hashes(prefix: Path, pair: dict[str, Any]) -> np.ndarray:
+    return read_sums(prefix, pair)[0]
+
+
 class ShardSet:
     """A shard set, opened in milliseconds whatever its size. `len(set)` is its number of tokens.
 
-    reader: "mmap" maps the files and gives used pages back after each batch; "pread" reads them with system calls, for
-    file systems where mapping is bad (network ones).
+    reader: "mmap" maps the files and gives used pages back after each batch. The first time that it touches a block of
+    64 KiB it compares the block with its hash, so that no token of a damaged one is returned. "pread" reads windows with
+    system calls, for file systems where mapping is bad (network ones). There reading a whole block for a window of a few
+    KiB is not cheap either, and nothing is compared: `verify` is the check.
     """
 
     def __init__(self, path: str | Path, reader: Literal["mmap", "pread"] = "mmap") -> None:
@@ -228,7 +233,8 @@ class ShardSet:
         self.eod: int = self.manifest["tokenizer"]["eod"]
         self.pairs: list[dict[str, Any]] = self.manifest["pairs"]
         self.starts = np.cumsum([0, *(pair["tokens"] for pair in self.pairs)], dtype=np.int64)
-        self._files = [_File(self._binary(pair), pair["bin_bytes"], reader) for pair in self.pairs]
+        self._bytes: list[int] = (self.starts * self.dtype.itemsize).tolist()  # where each pair starts, and the end
+        self._files = []
         for pair in self.pairs:
             if pair["bin_bytes"] != pair["tokens"] * self.dtype.itemsize:
                 raise DamagedError(
@@ -236,6 +242,8 @@ class ShardSet:
                 )
             check_size(self._binary(pair), pair["bin_bytes"])
             check_size(self.path / f"{pair['name']}.idx", pair["idx_bytes"])
+            hashes = partial(_hashes, self.path / pair["name"], pair)
+            self._files.append(BlockFile(self._binary(pair), pair["bin_bytes"], reader, hashes))
 
     def _binary(self, pair: dict[str, Any]) -> Path:
         return self.path / f"{pair['name']}.bin"
@@ -256,33 +264,38 @@ class ShardSet:
         return max(0, (len(self) - 1) // seq_len)
 
     def windows(self, indexes: np.ndarray, seq_len: int) -> np.ndarray:
-        """indexes (n,) integer -> tokens (n, seq_len + 1) of the set's dtype.
-
-        Raises DamagedError when a file that is needed has changed size since the set was opened.
-        """
+        """indexes (n,) integer -> tokens (n, seq_len + 1) of the set's dtype. Raises as `read`."""
         out = np.empty((len(indexes), seq_len + 1), self.dtype)
-        checked: set[int] = set()
-        for row, index in zip(out, indexes):
-            self._read_into(row, int(index) * seq_len, checked)
-        for pair in checked:
-            self._files[pair].release()
+        self.read(out, range(len(indexes)), indexes)
         return out
 
-    def _read_into(self, row: np.ndarray, start: int, checked: set[int]) -> None:
-        assert 0 <= start and start + len(row) <= len(self)
-        pair = int(np.searchsorted(self.starts, start, side="right")) - 1
-        filled = 0
-        while filled < len(row):
-            offset = start + filled - int(self.starts[pair])
-            count = min(len(row) - filled, int(self.starts[pair + 1]) - start - filled)
-            if count:
-                file = self._files[pair]
-                if pair not in checked:  # once a batch: reading past the end of a mapped file kills the process
-                    file.check(offset * self.dtype.itemsize)
-                    checked.add(pair)
-                file.read_into(row[filled : filled + count].data.cast("B"), offset * self.dtype.itemsize)
-            filled += count
-            pair += 1
+    def read(self, out: np.ndarray, rows: Iterable[int], indexes: np.ndarray) -> None:
+        """Window indexes[i] -> row rows[i] of out, (n, T + 1) of the set's dtype, contiguous.
+
+        Raises DamagedError when a file that is needed has changed size since the set was opened, and with the reader
+        "mmap" when a block that is touched for the first time differs from its hash.
+        """
+        size = out.itemsize
+        row_bytes, stride = size * out.shape[1], size * (out.shape[1] - 1)
+        flat = out.reshape(-1).view(np.uint8).data
+        used: set[int] = set()
+        for row, index in zip(rows, indexes.tolist()):
+            at, stop, position = row * row_bytes, (row + 1) * row_bytes, index * stride
+            assert 0 <= position and position + row_bytes <= self._bytes[-1]
+            pair = bisect_right(self._bytes, position) - 1
+            while at < stop:  # a window may lie in several pairs
+                count = min(stop - at, self._bytes[pair + 1] - position)
+                if count:
+                    file, offset = self._files[pair], position - self._bytes[pair]
+                    if pair not in used:
+                        file.check(offset)
+                        used.add(pair)
+                    file.read_into(flat[at : at + count], offset)
+                at += count
+                position += count
+                pair += 1
+        for pair in used:
+            self._files[pair].release()
 
     def document_lengths(self) -> Iterator[np.ndarray]:
         """(D,) int32 of each pair in order: the tokens of each document, end-of-document token included."""
@@ -302,58 +315,7 @@ class ShardSet:
             if sha256_file(self.path / name) != entry["sha256"]:
                 raise DamagedError(f"{self.path / name}: differs from its hash in the manifest; restore it from a copy")
         for pair in self.pairs:
-            sums_path = self.path / f"{pair['name']}.sums"
-            check_size(sums_path, 8 * sum(-(-pair[key] // BLOCK_BYTES) for key in ("bin_bytes", "idx_bytes")))
-            sums = sums_path.read_bytes()
-            if hashlib.sha256(sums).hexdigest() != pair["sums_sha256"]:
-                raise DamagedError(f"{sums_path}: differs from its hash in the manifest; restore it from a copy")
-            hashes = np.frombuffer(sums, "<u8")
-            split = -(-pair["bin_bytes"] // BLOCK_BYTES)
-            check_file(self._binary(pair), pair["bin_bytes"], hashes[:split], BLOCK_BYTES)
-            check_file(self.path / f"{pair['name']}.idx", pair["idx_bytes"], hashes[split:], BLOCK_BYTES)
+            hashes, index_hashes = read_sums(self.path / pair["name"], pair)
+            check_file(self._binary(pair), pair["bin_bytes"], hashes, BLOCK_BYTES)
+            check_file(self.path / f"{pair['name']}.idx", pair["idx_bytes"], index_hashes, BLOCK_BYTES)
             progress(pair["bin_bytes"] + pair["idx_bytes"])
-
-
-class _File:
-    """One `.bin`, opened at first use."""
-
-    def __init__(self, path: Path, size: int, reader: Literal["mmap", "pread"]) -> None:
-        self.path, self.size, self._reader = path, size, reader
-        self._descriptor: int | None = None
-        self._map: mmap.mmap | None = None
-
-    def check(self, offset: int) -> None:
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-            if self._reader == "mmap":
-                self._map = mmap.mmap(self._descriptor, self.size, prot=mmap.PROT_READ)
-        actual = os.fstat(self._descriptor).st_size
-        if actual != self.size:
-            raise DamagedError(
-                f"{self.path}: {actual:,} bytes while reading at {offset:,}, it had {self.size:,}; it was changed under the run"
-            )
-
-    def read_into(self, out: memoryview, offset: int) -> None:
-        if self._map is not None:
-            out[:] = memoryview(self._map)[offset : offset + len(out)]
-            return
-        assert self._descriptor is not None
-        done = 0
-        while done < len(out):
-            count = os.preadv(self._descriptor, [out[done:]], offset + done)
-            if count == 0:
-                raise DamagedError(
-                    f"{self.path}: ends at {offset + done:,} bytes, it had {self.size:,}; it was changed under the run"
-                )
-            done += count
-
-    def release(self) -> None:
-        """Used pages leave this process (they stay in the system's cache), so resident memory stays flat."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-    def __del__(self) -> None:
-        if self._map is not None:
-            self._map.close()
-        if self._descriptor is not None:
-            os.close(self._descriptor)

@@ -61,8 +61,8 @@ def test_imports_go_one_way(module: str) -> None:
     assert not {"tests", "kernels", "data_prep", "benchmarks"} & outside
     if module.startswith("fastcpt.kernels"):
         assert outside <= {"torch", "triton"} and all(name.startswith("fastcpt.kernels") for name in used)
-    if module in ("fastcpt.integrity", "fastcpt.shards"):
-        assert outside <= {"numpy"} and used <= {"fastcpt.integrity"}
+    if module in ("fastcpt.integrity", "fastcpt.blocks", "fastcpt.shards"):
+        assert outside <= {"numpy"} and used <= {"fastcpt.integrity", "fastcpt.blocks"}
     if module.startswith("fastcpt.data_prep"):
         assert not {"torch", "transformers"} & outside
         # progress: one bar for preparation and for training; it imports nothing of ours.

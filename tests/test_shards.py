@@ -1,5 +1,6 @@
 """Shards and block hashes: against Megatron's writer, hashlib and plain numpy; every damage is found and placed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from fastcpt import UserError, integrity
+from fastcpt import UserError, blocks, integrity
+from fastcpt import shards as shards_module
 from fastcpt.integrity import DamagedError, HashingWriter
 from fastcpt.shards import (
     BLOCK_BYTES,
@@ -157,6 +159,97 @@ def test_file_that_changes_size_under_a_reader(tmp_path: Path, reader: Any, size
     os.truncate(tmp_path / "set" / "shard-00001.bin", size)
     with pytest.raises(DamagedError, match=rf"shard-00001\.bin: {size:,} bytes while reading at 1\d\d,\d\d\d"):
         shards.windows(np.array([5000]), 16)
+
+
+def test_a_damaged_block_is_found_when_it_is_first_touched(tmp_path: Path) -> None:
+    """By windows that need it, before any of their tokens is returned, and by no others; the first touch alone."""
+    tokens = make_set(tmp_path / "set", [[40_000, 30_001], [99_999]])
+    path = tmp_path / "set" / "shard-00001.bin"
+    size, seq_len = path.stat().st_size, 500
+    for byte in (0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 5, size - 1):
+        flip(path, 8 * byte)
+        block = byte // BLOCK_BYTES
+        start, stop = block * BLOCK_BYTES, min(size, (block + 1) * BLOCK_BYTES)
+        shards, unchecked = ShardSet(tmp_path / "set"), ShardSet(tmp_path / "set", "pread")
+        message = f"{path}: bytes {start:,} to {stop:,} differ from their hash; restore the file from a copy"
+        failed = []
+        for index in range(shards.num_windows(seq_len)):
+            low, high = (2 * (at - 70_001) for at in (index * seq_len, index * seq_len + seq_len + 1))
+            want = tokens[index * seq_len : index * seq_len + seq_len + 1]
+            try:
+                assert np.array_equal(shards.windows(np.array([index]), seq_len)[0], want)
+            except DamagedError as error:
+                assert str(error) == message
+                failed.append(index)
+            assert (index in failed) == (low < stop and start < high)
+            assert np.array_equal(unchecked.windows(np.array([index]), seq_len)[0], want) or low <= byte < high
+        assert len(failed) >= 3
+        flip(path, 8 * byte)
+        assert np.array_equal(shards.windows(np.array([failed[-1]]), seq_len)[0], tokens[failed[-1] * seq_len :][:501])
+
+
+def test_each_block_is_compared_once_and_each_list_of_hashes_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_set(tmp_path / "set", [[70_000], [50_000], [40_000]])
+    hashed: list[int] = []
+    real_hash, real_sums = integrity.block_hash, blocks.read_sums
+    monkeypatch.setattr(integrity, "block_hash", lambda block: hashed.append(len(block)) or real_hash(block))
+    read: list[str] = []
+    monkeypatch.setattr(
+        shards_module, "read_sums", lambda prefix, pair: read.append(prefix.name) or real_sums(prefix, pair)
+    )
+    shards = ShardSet(tmp_path / "set")
+    assert (hashed, read) == ([], [])
+    ShardSet(tmp_path / "set").windows(np.array([0]), BLOCK_BYTES // 2 - 1)  # a whole block, and nothing of the next
+    assert (hashed, read) == ([BLOCK_BYTES], ["shard-00000"])
+    hashed.clear()
+    read.clear()
+    shards.windows(np.array([0, 1, 0]), 100)
+    assert (hashed, read) == ([BLOCK_BYTES], ["shard-00000"])
+    shards.windows(np.array([327, 0]), 100)  # tokens 32,700 to 32,800: the end of one block, the start of another
+    assert (hashed, read) == ([BLOCK_BYTES] * 2, ["shard-00000"])
+    for _ in range(2):
+        shards.windows(np.arange(shards.num_windows(100)), 100)
+        whole = [BLOCK_BYTES] * 2 + [8928, BLOCK_BYTES, 34_464, BLOCK_BYTES, 14_464]
+        assert (hashed, read) == (whole, ["shard-00000", "shard-00001", "shard-00002"])
+
+
+def test_hashes_that_are_not_those_of_the_manifest(tmp_path: Path) -> None:
+    """Found when their pair is first read; other pairs can be read."""
+    make_set(tmp_path / "set", [[1000], [1000]])
+    path = tmp_path / "set" / "shard-00001.sums"
+    good = path.read_bytes()
+    for content, message in (
+        (good[:-1], "15 bytes, its manifest says 16"),
+        (good[:-1] + bytes([good[-1] ^ 1]), "differs from its hash in the manifest"),
+        (None, "the file is missing"),
+    ):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        shards = ShardSet(tmp_path / "set")
+        shards.windows(np.array([0]), 100)
+        for _ in range(2):
+            with pytest.raises(DamagedError, match=rf"shard-00001\.sums: {message}"):
+                shards.windows(np.array([11]), 100)
+        ShardSet(tmp_path / "set", "pread").windows(np.array([11]), 100)
+        path.write_bytes(good)
+        shards.windows(np.array([11]), 100)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_sector_that_cannot_be_read_is_named(tmp_path: Path, reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_set(tmp_path / "set", [[70_000]])
+
+    def fails(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(
+        DamagedError, match=r"shard-00000\.bin: bytes [\d,]+ to [\d,]+ cannot be read \(Input/output error\)"
+    ):
+        ShardSet(tmp_path / "set", reader).windows(np.array([340]), 100)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
