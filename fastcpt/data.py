@@ -13,11 +13,13 @@ The permutation is a balanced Feistel network over the smallest even number of b
 (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
 """
 
+import bisect
 import hashlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,13 +29,21 @@ from fastcpt.shards import ShardSet
 
 MILLION = 1_000_000
 ROUNDS = 8
+# As arrays of no dimension, which numpy uses sooner than its scalars.
+MIX = [
+    (np.array(30, np.uint64), np.array(0xBF58476D1CE4E5B9, np.uint64)),
+    (np.array(27, np.uint64), np.array(0x94D049BB133111EB, np.uint64)),
+]
+LAST_SHIFT = np.array(31, np.uint64)
+PLACED = 1024  # samples whose places are computed at once: numpy takes about as long for one as for a hundred
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64: every output bit depends on every input bit. (n,) uint64 -> (n,) uint64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def _mix(values: np.ndarray) -> None:
+    """The finaliser of SplitMix64, in place: every output bit depends on every input bit. (n,) uint64."""
+    for shift, factor in MIX:
+        values ^= values >> shift
+        values *= factor
+    values ^= values >> LAST_SHIFT
 
 
 class Permutation:
@@ -42,23 +52,44 @@ class Permutation:
     def __init__(self, size: int, key: Sequence[Any]) -> None:
         assert 0 < size < 2**62
         self.size = size
-        self._half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
-        self._mask = np.uint64((1 << int(self._half)) - 1)
+        half = max(1, -(-(size - 1).bit_length() // 2))
+        self.half, self.mask = np.array(half, np.uint64), np.array((1 << half) - 1, np.uint64)
         digest = hashlib.shake_256(repr(tuple(key)).encode()).digest(8 * ROUNDS)
-        self._keys = np.frombuffer(digest, "<u8")
+        self.keys = [np.asarray(key) for key in np.frombuffer(digest, "<u8")]
 
     def __call__(self, indexes: np.ndarray) -> np.ndarray:
         """indexes (n,) in [0, size) -> (n,) uint64, each of [0, size)."""
-        values = self._feistel(np.asarray(indexes, np.uint64))
+        values = _feistel(np.asarray(indexes, np.uint64), self.half, self.mask, self.keys)
         while (outside := values >= self.size).any():
-            values[outside] = self._feistel(values[outside])
+            values[outside] = _feistel(values[outside], self.half, self.mask, self.keys)
         return values
 
-    def _feistel(self, values: np.ndarray) -> np.ndarray:
-        left, right = values >> self._half, values & self._mask
-        for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._mask)
-        return (left << self._half) | right
+
+def _feistel(
+    values: np.ndarray, half: np.ndarray, mask: np.ndarray, keys: Sequence[np.ndarray] | np.ndarray
+) -> np.ndarray:
+    """(n,) uint64 -> (n,) uint64. half, mask and each of the keys: () uint64 for all values, or (n,) one for each."""
+    left, right = values >> half, values & mask
+    for key in keys:
+        mixed = right ^ key
+        _mix(mixed)
+        mixed &= mask
+        mixed ^= left
+        left, right = right, mixed
+    return (left << half) | right
+
+
+def permuted(permutations: Sequence[Permutation], which: np.ndarray, indexes: np.ndarray) -> np.ndarray:
+    """permutations[which[i]] of indexes[i], (n,) uint64: of several as fast as of one, for small n."""
+    half, mask, size = (
+        np.array([getattr(permutation, name) for permutation in permutations], np.uint64)[which]
+        for name in ("half", "mask", "size")
+    )
+    keys = np.array([permutation.keys for permutation in permutations]).T[:, which]
+    values = _feistel(np.asarray(indexes, np.uint64), half, mask, keys)
+    while len(outside := np.flatnonzero(values >= size)):
+        values[outside] = _feistel(values[outside], half[outside], mask[outside], keys[:, outside])
+    return values
 
 
 class Quotas:
@@ -91,15 +122,22 @@ class Quotas:
             stack += [(left, taken), (right, number - taken)]
         return counts
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """Sample number `index` -> (branch, its number within the branch)."""
-        node = self._tree
-        while not isinstance(node, int):
-            weight, left, whole, right = node
-            before = (2 * index * weight + whole) // (2 * whole)
-            after = (2 * (index + 1) * weight + whole) // (2 * whole)
-            node, index = (left, before) if after > before else (right, index - before)
-        return node, index
+    def locate(self, indexes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample numbers (n,) int64 below 2^42 -> (the branch of each, its number within the branch), (n,) int64."""
+        assert len(indexes) == 0 or (0 <= indexes.min() and indexes.max() < 2**42)  # 2 * 2^42 * MILLION < 2^63
+        branches, numbers = np.empty_like(indexes), np.empty_like(indexes)
+        stack: list[tuple[Any, np.ndarray, np.ndarray]] = [(self._tree, np.arange(len(indexes)), indexes)]
+        while stack:
+            node, places, index = stack.pop()
+            if isinstance(node, int):
+                branches[places], numbers[places] = node, index
+            elif len(places):
+                weight, left, whole, right = node
+                before = (2 * index * weight + whole) // (2 * whole)
+                after = (2 * (index + 1) * weight + whole) // (2 * whole)
+                taken = after > before
+                stack += [(left, places[taken], before[taken]), (right, places[~taken], (index - before)[~taken])]
+        return branches, numbers
 
 
 @dataclass(frozen=True)
@@ -150,6 +188,8 @@ class Mixture:
         assert self.phases and self.phases[0].first == 0
         self._quotas = [Quotas([source.weight for source in phase.sources]) for phase in self.phases]
         self._permutations: dict[tuple[str, int], Permutation] = {}
+        self._firsts = [phase.first for phase in self.phases]
+        self._placed = lru_cache(4)(self._place)  # the thread that reads is a step ahead of the one that trains
         for phase in self.phases:
             content = [source.fingerprint for source in phase.sources]
             if len(set(content)) < len(content):
@@ -165,34 +205,45 @@ class Mixture:
                     f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1"
                 )
 
-    def _phase(self, sample: int) -> int:
-        return max(number for number, phase in enumerate(self.phases) if phase.first <= sample)
+    def _place(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples [block, block + 1) * PLACED of a phase, as if it never ended -> what `_places` returns of them."""
+        branches, indexes = self._quotas[phase].locate(np.arange(block * PLACED, (block + 1) * PLACED))
+        numbers, positions, which = np.empty_like(branches), np.empty_like(branches), np.empty_like(branches)
+        permutations: list[Permutation] = []
+        for branch in set(branches.tolist()):
+            source, own = self.phases[phase].sources[branch], np.flatnonzero(branches == branch)
+            size = self.sets[source.name].num_windows(self.seq_len)
+            epochs, positions[own] = np.divmod(source.start + indexes[own], size)
+            for epoch in set(epochs.tolist()):
+                which[own[epochs == epoch]] = len(permutations)
+                permutations.append(self._permutation(source, epoch, size))
+            numbers[own] = list(self.sets).index(source.name)
+        return numbers, permuted(permutations, which, positions).astype(np.int64)
+
+    def _places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples [first, first + count) -> (place of each one's source in `sets`, its window), (count,) int64."""
+        parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        while count:
+            phase = bisect.bisect_right(self._firsts, first) - 1
+            block, skipped = divmod(first - self._firsts[phase], PLACED)
+            end = self._firsts[phase + 1] if phase + 1 < len(self._firsts) else first + count
+            taken = min(count, end - first, PLACED - skipped)
+            numbers, windows = self._placed(phase, block)
+            parts.append((numbers[skipped : skipped + taken], windows[skipped : skipped + taken]))
+            first, count = first + taken, count - taken
+        if len(parts) == 2:
+            return parts[1]
+        return np.concatenate([numbers for numbers, _ in parts]), np.concatenate([windows for _, windows in parts])
 
     def locate(self, first: int, count: int) -> list[tuple[str, int]]:
         """Samples [first, first + count) -> (source, window of its shard set) of each."""
-        places: list[tuple[str, int]] = [("", 0)] * count
-        groups: dict[tuple[PhaseSource, int], list[tuple[int, int]]] = {}
-        for row in range(count):
-            number = self._phase(first + row)
-            branch, index = self._quotas[number].locate(first + row - self.phases[number].first)
-            source = self.phases[number].sources[branch]
-            epoch, index = divmod(source.start + index, self.sets[source.name].num_windows(self.seq_len))
-            groups.setdefault((source, epoch), []).append((row, index))
-        for (source, epoch), members in groups.items():
-            permutation = self._permutation(source, epoch, self.sets[source.name].num_windows(self.seq_len))
-            for (row, _), window in zip(members, permutation(np.array([index for _, index in members]))):
-                places[row] = (source.name, int(window))
-        return places
+        names = list(self.sets)
+        numbers, windows = self._places(first, count)
+        return [(names[number], window) for number, window in zip(numbers.tolist(), windows.tolist())]
 
     def source_numbers(self, first: int, count: int) -> np.ndarray:
         """Samples [first, first + count) -> (count,) int64, the place of each one's source in `sets`."""
-        numbers = {name: number for number, name in enumerate(self.sets)}
-        out = np.empty(count, np.int64)
-        for row in range(count):
-            phase = self._phase(first + row)
-            branch, _ = self._quotas[phase].locate(first + row - self.phases[phase].first)
-            out[row] = numbers[self.phases[phase].sources[branch].name]
-        return out
+        return self._places(first, count)[0].copy()
 
     def _permutation(self, source: PhaseSource, epoch: int, size: int) -> Permutation:
         # Keyed by content, not by name or place: a renamed source goes on where it was.
@@ -203,11 +254,12 @@ class Mixture:
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """Samples [first, first + count) -> tokens (count, seq_len + 1), uint16 or int32."""
-        places = self.locate(first, count)
+        numbers, windows = self._places(first, count)
         out = np.empty((count, self.seq_len + 1), next(iter(self.sets.values())).dtype)
-        for name in {name for name, _ in places}:
-            rows = [row for row, place in enumerate(places) if place[0] == name]
-            out[rows] = self.sets[name].windows(np.array([places[row][1] for row in rows]), self.seq_len)
+        for number, shard_set in enumerate(self.sets.values()):
+            rows = np.flatnonzero(numbers == number)
+            if len(rows):
+                shard_set.read(out, rows.tolist(), windows[rows])
         return out
 
     def seen(self, samples: int) -> dict[str, int]:
@@ -233,18 +285,30 @@ def evaluation_windows(shard_set: ShardSet, seq_len: int, tokens: int) -> np.nda
     return np.sort(Permutation(size, ("evaluation", shard_set.fingerprint))(np.arange(count)))
 
 
-def batches(mixture: Mixture, first: int, steps: int, batch: int, rank: int, world: int) -> Iterator[np.ndarray]:
+def batches(
+    mixture: Mixture,
+    first: int,
+    steps: int,
+    batch: int,
+    rank: int,
+    world: int,
+    ready: Callable[[np.ndarray], Any] = lambda windows: windows,
+) -> Iterator[Any]:
     """This process's windows for each of `steps` steps from sample `first` on, read one step ahead on a thread.
 
     A step takes the next `batch` samples; process r of W takes the part [r batch / W, (r + 1) batch / W) of them, so
-    what a step sees does not depend on W.
+    what a step sees does not depend on W. ready: what the thread makes of the windows, (n, seq_len + 1), at the end.
     """
     low, high = rank * batch // world, (rank + 1) * batch // world
+
+    def read(step: int) -> Any:
+        return ready(mixture.windows(first + step * batch + low, high - low))
+
     with ThreadPoolExecutor(1, thread_name_prefix="data") as reader:
-        ahead = reader.submit(mixture.windows, first + low, high - low) if steps else None
+        ahead = reader.submit(read, 0) if steps else None
         for step in range(1, steps + 1):
             assert ahead is not None
             current = ahead.result()
             if step < steps:
-                ahead = reader.submit(mixture.windows, first + step * batch + low, high - low)
+                ahead = reader.submit(read, step)
             yield current

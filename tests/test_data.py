@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcpt import UserError
+from fastcpt import UserError, data
 from fastcpt.data import (
     MILLION,
     Mixture,
@@ -23,6 +23,7 @@ from fastcpt.data import (
     batches,
     evaluation_windows,
     parts_per_million,
+    permuted,
 )
 from fastcpt.shards import ShardSet
 
@@ -131,7 +132,7 @@ def test_quotas_count_what_they_locate(count: int) -> None:
         tally = [0] * count
         for index in range(1500):
             assert quotas.counts(index) == tally
-            branch, number = quotas.locate(index)
+            (branch,), (number,) = quotas.locate(np.array([index]))
             assert number == tally[branch], "each branch's samples are 0, 1, 2, ... without gap or repetition"
             tally[branch] += 1
 
@@ -158,7 +159,7 @@ def test_a_whole_million_of_samples_is_shared_exactly() -> None:
     assert quotas.counts(MILLION) == weights
     assert quotas.counts(3 * MILLION) == [3 * weight for weight in weights]
     far = 7 * 10**11 + 123
-    branch, number = quotas.locate(far)
+    (branch,), (number,) = quotas.locate(np.array([far]))
     before, after = quotas.counts(far), quotas.counts(far + 1)
     assert number == before[branch]
     assert [b - a for a, b in zip(before, after)] == [int(i == branch) for i in range(3)]
@@ -406,3 +407,65 @@ def test_evaluation_windows_are_fixed_spread_and_distinct(sets: dict[str, ShardS
     assert set(chosen) <= set(evaluation_windows(shard_set, SEQ_LEN, 40 * SEQ_LEN)), "more tokens add windows"
     for tokens in (size * SEQ_LEN, 10**15):
         assert evaluation_windows(shard_set, SEQ_LEN, tokens).tolist() == list(range(size))
+
+
+def scalar_locate(quotas: Quotas, index: int) -> tuple[int, int]:
+    """`Quotas.locate` of one sample, on Python's integers."""
+    node = quotas._tree
+    while not isinstance(node, int):
+        weight, left, whole, right = node
+        before = (2 * index * weight + whole) // (2 * whole)
+        after = (2 * (index + 1) * weight + whole) // (2 * whole)
+        node, index = (left, before) if after > before else (right, index - before)
+    return node, index
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 30])
+def test_arrays_are_located_as_single_samples_are(count: int) -> None:
+    generator = np.random.default_rng(count)
+    for _ in range(5):
+        quotas = Quotas(random_weights(generator, count))
+        far = generator.integers(0, 2**42 - 1, 300)
+        indexes = np.concatenate((np.arange(257), far, far + 1, [2**42 - 1, 2**42 - 1]))
+        generator.shuffle(indexes)
+        branches, numbers = quotas.locate(indexes)
+        assert list(zip(branches.tolist(), numbers.tolist())) == [scalar_locate(quotas, i) for i in indexes.tolist()]
+    assert [each.shape for each in quotas.locate(np.empty(0, np.int64))] == [(0,), (0,)]
+
+
+def test_several_permutations_at_once() -> None:
+    generator = np.random.default_rng(0)
+    made = [Permutation(size, ("at once", size)) for size in (1, 2, 5, 1000, 4097, 2**40 + 1)]
+    which = generator.integers(0, len(made), 500)
+    indexes = generator.integers(0, [made[number].size for number in which])
+    expected = [int(made[number](np.array([index]))[0]) for number, index in zip(which, indexes)]
+    assert permuted(made, which, indexes).tolist() == expected
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_blocks_of_places_have_no_seams(sets: dict[str, ShardSet], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of samples is placed at once; phases end within blocks."""
+    monkeypatch.setattr(data, "PLACED", 1)
+    one = Mixture(sets, build_phases(sets, PLANS[name]), SEQ_LEN, seed=5)
+    expected, numbers = one.locate(0, 700), one.source_numbers(0, 700)
+    assert numbers.tolist() == [list(sets).index(source) for source, _ in expected]
+    for size in (2, 7, 64, 1024):
+        monkeypatch.setattr(data, "PLACED", size)
+        mixture = Mixture(sets, build_phases(sets, PLANS[name]), SEQ_LEN, seed=5)
+        for first, count in ((0, 700), (56, 3), (133, 1), (263, 300), (699, 1), (300, 0)):
+            assert mixture.locate(first, count) == expected[first : first + count]
+            assert np.array_equal(mixture.source_numbers(first, count), numbers[first : first + count])
+
+
+def test_the_thread_that_reads_makes_batches_ready(sets: dict[str, ShardSet]) -> None:
+    """As it pins memory on a GPU: each batch once, before the step that takes it asks for it."""
+    mixture = Mixture(sets, [phase(0, sets, WEIGHTS)], SEQ_LEN, seed=5)
+    threads = []
+
+    def ready(windows: np.ndarray) -> list:
+        threads.append(threading.current_thread().name)
+        return windows.tolist()
+
+    plain = [windows.tolist() for windows in batches(mixture, 3, 4, 6, 0, 1)]
+    assert list(batches(mixture, 3, 4, 6, 0, 1, ready)) == plain
+    assert len(threads) == 4 and all(name.startswith("data") for name in threads)
