@@ -97,19 +97,29 @@ def _wrap(state: State) -> None:
         state.forward = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
-    """(B, T+1) uint16 or int32 -> int64 on the device; ids travel in the width that they have on disk."""
-    if windows.dtype == np.uint16:
-        return torch.from_numpy(windows.view(np.int16)).to(device, non_blocking=True).long() & 0xFFFF
-    return torch.from_numpy(windows).to(device, non_blocking=True).long()
+def pinned(windows_BT: np.ndarray) -> Tensor:
+    """Windows in page-locked memory, of their dtype, for the thread that reads ahead.
+
+    torch's own allocator hands the memory out anew only when the copies that were started from it are done; it knows
+    them by the tensor, so slices are taken of the tensor and not of an array that shares its memory.
+    """
+    return torch.from_numpy(windows_BT).pin_memory()
 
 
-def train_step(state: State, batch_BT: np.ndarray) -> dict[str, Tensor]:
-    """One optimizer step on this process's windows, (B, T+1) token ids.
+def to_device(ids: Tensor, device: torch.device) -> Tensor:
+    """(B, T+1) uint16 or int32 in host memory -> int64 on the device; ids travel in the width that they have on disk."""
+    if ids.dtype == torch.uint16:
+        return ids.view(torch.int16).to(device, non_blocking=True).long() & 0xFFFF
+    return ids.to(device, non_blocking=True).long()
+
+
+def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]:
+    """One optimizer step on this process's windows, (B, T+1) token ids in host memory, pinned or not.
 
     Gradients are those of the sum of the losses; the optimizer divides them by the token count of all processes, so
-    neither the micro-batch nor the number of processes changes them, and the loss's own gradient is 1. Returns fp32 scalars on the device, without waiting for it: "loss" (mean nats a
-    token of this process), "grad_norm" (before clipping), "skipped" (1.0 if the gradient was not finite).
+    neither the micro-batch nor the number of processes changes them, and the loss's own gradient is 1. Returns fp32
+    scalars on the device, without waiting for it: "loss" (mean nats a token of this process), "grad_norm" (before
+    clipping), "skipped" (1.0 if the gradient was not finite).
     """
     config, world = state.config, state.world
     micro_batch, attend = config.train.micro_batch, state.model.execution.attention
@@ -117,11 +127,11 @@ def train_step(state: State, batch_BT: np.ndarray) -> dict[str, Tensor]:
     sources_B = state.mixture.source_numbers(state.samples + world.rank * batch // world.size, len(batch_BT))
     totals = torch.zeros_like(state.interval)
     for first in range(0, len(batch_BT), micro_batch):
-        rows_BT = batch_BT[first : first + micro_batch]
+        rows_BT = torch.as_tensor(batch_BT)[first : first + micro_batch]
         window_BT = to_device(rows_BT, world.device)
         tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:].contiguous()
         masked = config.data.document_mask
-        documents = attend.documents(rows_BT[:, :-1], _eod(state), world.device) if masked else None
+        documents = attend.documents(rows_BT[:, :-1].numpy(), _eod(state), world.device) if masked else None
         local = first + micro_batch < len(batch_BT) and isinstance(state.forward, DistributedDataParallel)
         with state.forward.no_sync() if local else contextlib.nullcontext():  # type: ignore[attr-defined]
             loss, losses_BT = state.forward(tokens_BT, targets_BT, documents, total=True)
@@ -216,7 +226,8 @@ def train(config: Config) -> State:
     batch = config.train.batch_tokens // config.data.seq_len
     steps = state.last_step - state.step
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
-    ahead = batches(state.mixture, state.samples, steps, batch, world.rank, world.size)
+    ready = {"ready": pinned} if world.device.type == "cuda" else {}
+    ahead = batches(state.mixture, state.samples, steps, batch, world.rank, world.size, **ready)
     for windows in console.follow(ahead, state.step):
         result = train_step(state, windows)
         last = state.step == state.last_step

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcpt import UserError, checkpoint, hf, train
 from fastcpt.config import Config, Count, Source, ValidationSet
@@ -483,3 +484,40 @@ def test_initial_weights_follow_the_seed(make_config: Any) -> None:
     first, same, other = (train.setup(make_config(str(seed), train={"seed": seed})) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), same.model.parameters(), strict=True))
     assert not torch.equal(first.model.embed_in.weight, other.model.embed_in.weight)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_ids_travel_narrow_and_out_of_the_tensor_that_was_pinned(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps pinned memory until its copies are done only if it sees them start from the tensor's own storage.
+
+    There is no GPU here: memory is not really pinned, and the copies go to the "meta" device.
+    """
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    windows = np.random.default_rng(0).integers(0, 60_000, (5, 9)).astype(dtype)
+    host = train.pinned(windows)
+    assert host.dtype == (torch.uint16 if dtype is np.uint16 else torch.int32) and np.array_equal(host.numpy(), windows)
+    copies: list[tuple[int, int, bool]] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            options = options or {}
+            if function is torch.ops.aten._to_copy.default and arguments[0].device.type == "cpu":
+                source = arguments[0]
+                copies.append((source.untyped_storage()._cdata, source.element_size(), options.get("non_blocking")))
+            return function(*arguments, **options)
+
+    with Copies():
+        moved = train.to_device(host[2:4], torch.device("meta"))
+    assert (moved.dtype, moved.shape) == (torch.int64, (2, 9))
+    assert copies == [(host.untyped_storage()._cdata, np.dtype(dtype).itemsize, True)]
+    assert np.array_equal(train.to_device(host[2:4], torch.device("cpu")).numpy(), windows[2:4].astype(np.int64))
+
+
+def test_a_step_takes_windows_as_an_array_or_a_tensor(make_config: Callable) -> None:
+    losses = []
+    for make in (np.asarray, torch.from_numpy):
+        state = train.setup(make_config(f"run-{make.__name__}", data={"document_mask": True}))
+        losses.append(
+            [train.train_step(state, make(state.mixture.windows(state.samples, BATCH)))["loss"] for _ in "12"]
+        )
+    assert losses[0] == losses[1]
