@@ -100,6 +100,25 @@ def kernels_cpu_table() -> str:
     return "\n".join(out)
 
 
+def prep_table() -> str:
+    """Preparation beside its rivals, on each format."""
+    rows = _rows("prep.csv")
+    titles = {
+        "bare": "gigatoken alone, nothing kept",
+        "tokenizers": "`tokenizers` in a pool of processes",
+        "megatron": "as Megatron's and GPT-NeoX's script",
+        "nanogpt": "as nanoGPT's script: `datasets`, tiktoken",
+        "datatrove": "datatrove's DocumentTokenizer",
+    }
+    out = [f"| {rows[0]['device']}, {rows[0]['workers']} processes | | MB/s | M tokens/s | time to ours |"]
+    out.append("|---|---|---|---|---|")
+    for row in rows:
+        name = titles.get(row["implementation"], f"`{row['implementation']}`")
+        speed, tokens = f"{float(row['mb_per_s']):.1f}", f"{float(row['tokens_per_s']) / 1e6:.2f}"
+        out.append(f"| {name} | .{row['form']} | {speed} | {tokens} | {float(row['ratio_to_ours']):.2f} |")
+    return "\n".join([*out, "", f"{rows[0]['text']}."])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "log": log_lines,
@@ -108,6 +127,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "kernels": kernels_table,
     "traffic": traffic_table,
     "kernels_cpu": kernels_cpu_table,
+    "prep": prep_table,
 }
 
 
