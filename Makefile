@@ -1,5 +1,6 @@
 # make demo   text -> shards -> pre-training -> continued pre-training -> what was learned and what was forgotten
 # make test   the whole test suite          make check   format, lint, types          make       both
+# make soak   hours of random damage and kills, gone on with when started again: make soak FOLDER=soak SEED=0
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -22,6 +23,12 @@ demo: $(INSTALLED)
 # One thread a test process: tiny models lose more to waiting for each other than they gain.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal --durations 10
+
+# 10,000,000 lines, 10,000 files, 10,000 corruptions, 200 kills; prints tallies, exits 1 if a trial failed.
+FOLDER ?= soak
+SEED   ?= 0
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py all --seed $(SEED) $(FOLDER)
 
 # mypy reads an installed copy: no static tool sees that kernels/ is imported as fastcpt.kernels.
 check: $(INSTALLED)
@@ -47,6 +54,6 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo
+	rm -rf $(VENV) build dist *.egg-info demo soak
 
-.PHONY: all demo test check dist format clean
+.PHONY: all demo test soak check dist format clean
