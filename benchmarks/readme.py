@@ -119,11 +119,25 @@ def prep_table() -> str:
     return "\n".join([*out, "", f"{rows[0]['text']}."])
 
 
+def data_table() -> str:
+    """What reading costs, of the larger batches alone."""
+    rows = _rows("data.csv")
+    left_out = ("8 x 1024", "64 x 1024", "8 x 2048")
+    out = [f"| {rows[0]['device']} | | | target |", "|---|---|---|---|"]
+    for row in rows:
+        if not row["case"].startswith(left_out):
+            value = float(row["value"])
+            number = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+            out.append(f"| {row['what']} | {row['case']} | {number} {row['unit']} | {row['target']} |")
+    return "\n".join(out)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "log": log_lines,
     "lm_eval": lm_eval_table,
     "config": config_table,
+    "data": data_table,
     "kernels": kernels_table,
     "traffic": traffic_table,
     "kernels_cpu": kernels_cpu_table,

@@ -236,6 +236,10 @@ def _bench(arguments: argparse.Namespace) -> int:
             arguments.share,
             arguments.about_text,
         )
+    elif arguments.what == "data":
+        from fastcpt.benchmarks import bench_data
+
+        bench_data.main(output)
     elif arguments.static:
         from fastcpt.benchmarks import static
 
@@ -250,8 +254,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["kernels", "prep"],
-        help="kernels: times beside their rivals; on CPU those that have a path of their own; prep: `fastcpt prep` likewise",
+        choices=["kernels", "prep", "data"],
+        help="kernels: times beside their rivals; on CPU those that have a path of their own; prep: `fastcpt prep` likewise; data: reading",
     )
     parser.add_argument(
         "--static", action="store_true", help="instead, without a GPU: registers, spills, access widths, bytes moved"
