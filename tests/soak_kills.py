@@ -30,9 +30,10 @@ VARIANTS: dict[str, list[str]] = {
 
 
 class Prepared(NamedTuple):
-    """What all trials share. references: of each variant the hashes of an undisturbed run, its seconds, and how many
-    files its work folder held at most."""
+    """What all trials share. references: of a variant the hashes of an undisturbed run, its seconds, and how many files
+    its work folder held at most; made when they are needed first."""
 
+    folder: Path
     inputs: Path
     tokenizer: Path
     references: dict[str, tuple[dict[str, str], float, int]]
@@ -96,9 +97,12 @@ def digests(output: Path) -> dict[str, str]:
 def prepare(folder: Path, seed: int) -> Prepared:
     shutil.rmtree(folder, ignore_errors=True)
     inputs = soak_corpus.write(folder / "in", random.Random(f"{seed} corpus"), 3000)
-    prepared = Prepared(inputs, soak_corpus.tokenizer(folder), {})
-    for variant in VARIANTS:
-        output = folder / "reference" / "out"
+    return Prepared(folder, inputs, soak_corpus.tokenizer(folder), {})
+
+
+def reference(prepared: Prepared, variant: str) -> tuple[dict[str, str], float, int]:
+    if variant not in prepared.references:
+        output = prepared.folder / "reference" / "out"
         output.parent.mkdir()
         started, most = time.monotonic(), 0
         process = start(prepared, output, variant, 2)
@@ -108,7 +112,7 @@ def prepare(folder: Path, seed: int) -> Prepared:
         assert process.returncode == 0, output.with_name("log").read_text()
         prepared.references[variant] = digests(output), time.monotonic() - started, most
         shutil.rmtree(output.parent)
-    return prepared
+    return prepared.references[variant]
 
 
 def wait_for_moment(
@@ -163,7 +167,7 @@ def kill(rng: random.Random, process: subprocess.Popen[bytes], log: Path) -> str
 
 def trial(rng: random.Random, folder: Path, prepared: Prepared) -> Counter[str]:
     variant = rng.choice(list(VARIANTS))
-    wanted, seconds, most = prepared.references[variant]
+    wanted, seconds, most = reference(prepared, variant)
     output, log, tally = folder / "out", folder / "log", Counter([variant])
     for _ in range(rng.randint(1, 3)):
         process = start(prepared, output, variant, rng.randint(1, 3))
