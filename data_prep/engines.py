@@ -5,6 +5,7 @@ An engine takes a function and tasks, all picklable, and yields the results as t
 
 import multiprocessing
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -99,8 +100,11 @@ def on_ray(address: str | None, workers: int | None) -> Iterator[Engine]:
     ours = not ray.is_initialized()
     if ours:
         try:
+            if address and "://" not in address and ":" in address:
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=30).close()  # Ray itself would try for minutes
             ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--ray-address {address}: no cluster answers there: {error}") from None
 
     def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
@@ -108,16 +112,20 @@ def on_ray(address: str | None, workers: int | None) -> Iterator[Engine]:
         shared = ray.put(function)
         waiting = iter(tasks)
         running: list[Any] = []
-        while True:
-            # Looked up each time: nodes come and go.
-            slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-            while len(running) < 2 * slots and (task := next(waiting, None)) is not None:
-                running.append(remote.remote(shared, task))
-            if not running:
-                return
-            done, running = ray.wait(running)
-            for reference in done:
-                yield ray.get(reference)
+        try:
+            while True:
+                # Looked up each time: nodes come and go.
+                slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+                while len(running) < 2 * slots and (task := next(waiting, None)) is not None:
+                    running.append(remote.remote(shared, task))
+                if not running:
+                    return
+                done, running = ray.wait(running)
+                for reference in done:
+                    yield ray.get(reference)
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
 
     try:
         yield run

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastcpt.data_prep.encoding import read_vocabulary
 from fastcpt.data_prep.progress import Meter
 from fastcpt.integrity import DamagedError
-from fastcpt.shards import ShardSet, read_index
+from fastcpt.shards import MANIFEST, ShardSet, read_index, set_fingerprint
 
 WIDTH = 100
 BLOCKS = "▏▎▍▌▋▊▉█"  # an eighth of a character to a whole one
@@ -151,3 +152,30 @@ def verify(directory: str | Path, quiet: bool = False) -> None:
         starts = np.cumsum(index.lengths, dtype=np.int64) - index.lengths
         if not np.array_equal(index.pointers, starts * index.dtype.itemsize):
             raise DamagedError(f"{path}: its sequences do not follow one another; prepare the set again")
+    _check_claims(shards)
+
+
+def _check_claims(shards: ShardSet) -> None:
+    """What the manifest says beside hashes must follow from the files. Raises DamagedError."""
+    manifest, path = shards.manifest, shards.path / MANIFEST
+    tokenizer = manifest["tokenizer"]
+    vocabulary = read_vocabulary(
+        (shards.path / "tokenizer.json").read_bytes(), tokenizer["eod_token"], str(shards.path / "tokenizer.json")
+    )
+    totals = tuple(manifest[key] for key in ("documents", "tokens", "text_bytes"))
+    sets: dict[str, list[int]] = {"": [0, 0, 0]}  # of an empty set the ledger has no row
+    for row in pq.read_table(shards.path / "ledger.parquet").to_pylist():
+        counts = sets.setdefault(row["set"], [0, 0, 0])
+        sets[row["set"]] = [count + row[key] for count, key in zip(counts, ("documents", "tokens", "text_bytes"))]
+    claims = {
+        "tokenizer": (tokenizer, vocabulary.manifest()),
+        "dtype": (manifest["dtype"], vocabulary.dtype.name),
+        "tokens": (manifest["tokens"], sum(pair["tokens"] for pair in shards.pairs)),
+        "documents": (manifest["documents"], sum(pair["documents"] for pair in shards.pairs)),
+        "token_bytes.npy": (len(shards.token_bytes), vocabulary.size),
+        "fingerprint": (manifest["fingerprint"], set_fingerprint(tokenizer["fingerprint"], shards.dtype, shards.pairs)),
+        "counts": (totals, totals if list(totals) in sets.values() else "those of no set in ledger.parquet"),
+    }
+    for name, (said, found) in claims.items():
+        if said != found:
+            raise DamagedError(f"{path}: {name} is {said}, its files make it {found}; prepare the set again")

@@ -173,6 +173,8 @@ class PieceReader:
 
     def _jsonl(self, file: BinaryIO) -> Iterator[Document | Reject]:
         start = line_start(file, self.piece.start, self.piece.stop)
+        if start >= self.piece.stop:  # not even a look: the line that goes on there may be long
+            return iter(())
         file.seek(start)
         return self._lines(split_lines(file_chunks(file), start))
 
@@ -265,18 +267,22 @@ class PieceReader:
             return
         for group in range(self.piece.start, self.piece.stop):
             before, rows = self.lines, table.metadata.row_group(group).num_rows
+            why = "it holds fewer rows than it says"
             try:
-                yield from self._row_group(table, group)
+                yield from self._row_group(table, group, rows)
             except (pa.ArrowException, OSError) as error:
-                lost = before + rows - self.lines
-                yield Reject("damaged file", f"row group {group}: {first_line(error)}", self.lines, -1, lost)
-            self.lines = before + rows
+                why = first_line(error)
+            if lost := before + rows - self.lines:
+                yield Reject("damaged file", f"row group {group}: {why}", self.lines, -1, lost)
+                self.lines = before + rows
 
-    def _row_group(self, table: pq.ParquetFile, group: int) -> Iterator[Document | Reject]:
+    def _row_group(self, table: pq.ParquetFile, group: int, rows: int) -> Iterator[Document | Reject]:
         paths = [_column_path(table, key) for key in (self.text_key, self.group_key) if key is not None]
         columns = list(dict.fromkeys(".".join(path) for path in paths if path))
         for batch in table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=columns, use_threads=False):
             values = [_column(batch, path) for path in paths]
+            if (rows := rows - batch.num_rows) < 0:
+                raise pa.ArrowInvalid("it holds more rows than it says")
             for row in zip(*values, strict=True):
                 self.lines += 1
                 yield self._row(row, [path is not None for path in paths], self.lines - 1)

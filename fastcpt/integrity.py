@@ -145,11 +145,33 @@ def read_sealed(path: Path, kind: str, what: str) -> dict[str, Any]:
     return value
 
 
+def check_form(path: Path, value: Any, form: Any, where: str = "it") -> None:
+    """Compares what JSON holds with its form: str, int (from 0, below 2^62), a tuple of allowed values, [form of each
+    entry], {key: form}, {...: form of each value}. Raises DamagedError."""
+    wrong = f"{path}: {where} is {str(value)[:40]!r}; restore it from a copy, or make it again"
+    if isinstance(form, tuple):
+        good = value in form
+    elif form is int:
+        good = type(value) is int and 0 <= value < 1 << 62
+    else:
+        good = type(value) is (form if form is str else type(form))
+    if not good:
+        raise DamagedError(wrong)
+    if isinstance(form, list):
+        for index, entry in enumerate(value):
+            check_form(path, entry, form[0], f"{where}[{index}]")
+    elif isinstance(form, dict):
+        for key in value if ... in form else form:
+            if key not in value:
+                raise DamagedError(f"{path}: {where} has no {key!r}; restore it from a copy, or make it again")
+            check_form(path, value[key], form.get(key, form.get(...)), f"{where}.{key}")
+
+
 def check_names(path: Path, names: Iterable[str]) -> None:
     """The file names that a manifest at `path` gives must be plain: nothing outside its folder is read."""
     for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise DamagedError(f"{path}: names a file {name!r} outside its folder")
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name or len(name.encode()) > 250:
+            raise DamagedError(f"{path}: names a file {name[:300]!r}, outside its folder, or one that no file can have")
 
 
 class HashingWriter:

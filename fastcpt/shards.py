@@ -30,6 +30,7 @@ from fastcpt.integrity import (
     DamagedError,
     HashingWriter,
     check_file,
+    check_form,
     check_names,
     check_size,
     read_sealed,
@@ -45,6 +46,18 @@ DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_CODES.items()}
 MANIFEST = "manifest.json"
 FORMAT = "fastcpt-shards"
+MANIFEST_FORM = {
+    "tokenizer": {"fingerprint": str, "vocab_size": int, "eod": int, "eod_token": str},
+    "dtype": ("uint16", "int32"),
+    "tokens": int,
+    "documents": int,
+    "text_bytes": int,
+    "pairs": [
+        {"name": str, "tokens": int, "documents": int, "bin_bytes": int, "idx_bytes": int, "sums_sha256": str},
+    ],
+    "files": {...: {"bytes": int, "sha256": str}},
+    "fingerprint": str,
+}
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -170,6 +183,11 @@ class PairWriter:
         }
 
 
+def set_fingerprint(tokenizer: str, dtype: np.dtype, pairs: list[dict[str, Any]]) -> str:
+    """The same tokens in the same pairs are the same data, whatever the ledger says of where they came from."""
+    return sha256_json([tokenizer, dtype.name, pairs])
+
+
 def write_manifest(
     directory: Path,
     *,
@@ -195,8 +213,7 @@ def write_manifest(
             name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
             for name in sorted(files)
         },
-        # The same tokens in the same pairs are the same data, whatever the ledger says of where they came from.
-        "fingerprint": sha256_json([tokenizer["fingerprint"], dtype.name, pairs]),
+        "fingerprint": set_fingerprint(tokenizer["fingerprint"], dtype, pairs),
     }
     return write_sealed(directory / MANIFEST, FORMAT, manifest)
 
@@ -207,6 +224,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{directory}: no {MANIFEST}; make a shard set with `fastcpt prep ... --output {directory}`")
     manifest = read_sealed(path, FORMAT, "the shard set")
+    check_form(path, manifest, MANIFEST_FORM)
     check_names(path, [*manifest["files"], *(pair["name"] for pair in manifest["pairs"])])
     return manifest
 
