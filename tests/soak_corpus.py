@@ -14,8 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 WORDS = ["the ", "of ", "data", "  ", "\n", "é", "日本", "🎉", "don't", "123 ", "\u2028", "<|endoftext|>", "."]
 
 
-def tokenizer(folder: Path) -> Path:
-    """Byte-level BPE of the form of GPT-NeoX's, with a few merges."""
+def tokenizer(folder: Path, text: str = "the data of the data") -> Path:
+    """Byte-level BPE of the form of GPT-NeoX's, with the first merges that this text asks for."""
     path = folder / "tokenizer.json"
     if not path.exists():
         made = tokenizers.Tokenizer(models.BPE())
@@ -26,7 +26,7 @@ def tokenizer(folder: Path) -> Path:
         trainer = trainers.BpeTrainer(
             vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
         )
-        made.train_from_iterator(["the data of the data"], trainer)
+        made.train_from_iterator([text], trainer)
         folder.mkdir(parents=True, exist_ok=True)
         made.save(str(path))
     return path

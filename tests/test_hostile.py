@@ -168,14 +168,17 @@ def test_a_million_keys(tmp_path: Path, place: str) -> None:
     assert (good, [reject[0] for reject in bad]) == (([["x", 1]], []) if place != "nowhere" else ([], ["missing key"]))
 
 
-def test_document_of_50_million_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", ["The data of the 123 data, don't\n", "日本語の文章は空白で区切られていない。"])
+def test_document_of_50_million_characters(tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     import soak_corpus
 
-    text = ("The data of the 123 data, don't\n" * (50_000_000 // 32 + 1))[:50_000_000]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    result = bounded(PREP, tmp_path / "a.jsonl", soak_corpus.tokenizer(tmp_path / "tokenizer"), tmp_path / "out")
-    assert (result["documents"], result["text"]) == (1, 50_000_000)
+    text = (words * (50_000_000 // len(words) + 1))[:50_000_000]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    # An id a character, as real tokenizers have for scripts that they saw little of.
+    tokenizer = soak_corpus.tokenizer(tmp_path / "tokenizer", " ".join(words))
+    result = bounded(PREP, tmp_path / "a.jsonl", tokenizer, tmp_path / "out")
+    assert (result["documents"], result["text"]) == (1, len(text.encode()))
 
 
 @pytest.mark.parametrize("start", ["../outside/", "{outside}/", "link/", "./"])
@@ -198,7 +201,7 @@ def test_manifest_that_names_a_file_elsewhere(
     else:
         manifest["pairs"][0]["name"] = name
     (tmp_path / "set" / MANIFEST).write_text(json.dumps(manifest | {"sha256": sha256_json(manifest)}))
-    with pytest.raises(DamagedError, match=r"manifest\.json: names a file .* outside its folder"):
+    with pytest.raises(DamagedError, match=r"manifest\.json: names a file "):
         verify(tmp_path / "set", quiet=True)
 
 
