@@ -18,6 +18,7 @@ from fastcpt.data_prep import encoding, foreign, merge, pretokenize, store
 from fastcpt.data_prep.encoding import Vocabulary
 from fastcpt.data_prep.foreign import FORMATS, SEQUENCE_TOKENS, Format, Source, TokenFile
 from fastcpt.data_prep.inputs import Input
+from fastcpt.data_prep.parts import building_folder
 from fastcpt.data_prep.progress import Meter
 from fastcpt.shards import PairWriter, read_manifest
 
@@ -64,7 +65,7 @@ def convert(
                     f"{work}: an unfinished `fastcpt prep`; finish or remove it, or choose another --output"
                 )
             try:
-                directory = Path(merge.building_folder(work, output, ""))
+                directory = Path(building_folder(work, output, ""))
                 shutil.rmtree(directory.parent, ignore_errors=True)
                 directory.mkdir(parents=True)
                 pairs = _Pairs(directory, vocabulary.dtype, shard_tokens)

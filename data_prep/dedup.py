@@ -91,13 +91,18 @@ class Range:
 
 
 def _rows(job: Job, task: int, span: Range) -> np.ndarray:
-    """The rows of a task whose keys are in the range."""
     with store.fetched(job.path(keys_file(task))) as local:
-        rows = np.fromfile(local, ROW)
+        return in_range(np.fromfile(local, ROW), span)
+
+
+def in_range(rows: np.ndarray, span: Range) -> np.ndarray:
+    """Those of the rows, in key order, whose keys are in the range."""
     step = (1 << 64) // span.count + 1
-    low, high = span.index * step, (span.index + 1) * step - 1
+    low, high = span.index * step, min((span.index + 1) * step, 1 << 64) - 1
+    if low > high:  # the last of very many
+        return rows[:0]
     start = np.searchsorted(rows["high"], np.uint64(low), side="left")
-    stop = np.searchsorted(rows["high"], np.uint64(min(high, (1 << 64) - 1)), side="right")
+    stop = np.searchsorted(rows["high"], np.uint64(high), side="right")
     return rows[start:stop].copy()
 
 

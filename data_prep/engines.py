@@ -1,13 +1,14 @@
 """Where tasks run: `with local(workers) as engine:` or `with on_ray(address, workers) as engine:`.
 
-An engine takes a function and tasks, all picklable, and yields the results as they are ready, in any order.
+An engine takes a function and tasks, all picklable, and yields the results as they are ready, in any order. It draws a
+task when it has room for one, so that later tasks may follow from earlier results.
 """
 
 import multiprocessing
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 from fastcpt import UserError
 
-Engine = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+Engine = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 RAY_RETRIES = 8  # of a task whose node was lost; each task of a long run may meet a few such losses
 
 
@@ -33,23 +34,24 @@ def _start_worker() -> None:
 
 
 @contextmanager
-def local(workers: int) -> Iterator[Engine]:
-    """In this process when `workers` is 1, else in that many others, which are there from the first use to the end.
+def local(workers: int, warm: Callable[[], None] | None = None) -> Iterator[Engine]:
+    """In this process when `workers` is 1, else in that many others, which start at once by calling `warm`.
 
-    The first error ends all at once: what is under way is stopped. Raises UserError when a worker is killed.
+    The first error ends all: what is under way is stopped. Raises UserError when a worker is killed.
     """
     pool: ProcessPoolExecutor | None = None
     others = set(multiprocessing.active_children())
+    if workers > 1:
+        # Forked children of a process with threads (Arrow, gigatoken) can hang; multiprocessing.Pool hangs when one dies.
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+        if warm is not None:
+            for _ in range(workers):
+                pool.submit(warm)
 
-    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
-        nonlocal pool
-        if workers == 1 or len(tasks) < 2:
+    def run(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        if pool is None:
             yield from map(function, tasks)
             return
-        if pool is None:
-            # Forked children of a process with threads (Arrow, gigatoken) can hang; multiprocessing.Pool hangs when one
-            # dies.
-            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
         waiting = iter(tasks)
         running: set[Future[Any]] = set()
         while True:
@@ -107,7 +109,7 @@ def on_ray(address: str | None, workers: int | None) -> Iterator[Engine]:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--ray-address {address}: no cluster answers there: {error}") from None
 
-    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+    def run(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_on_node)
         shared = ray.put(function)
         waiting = iter(tasks)

@@ -52,6 +52,17 @@ class Job:
         return "-".join(filter(None, (document.group, "val" if validation else "")))
 
 
+def set_folder(output: str, name: str) -> str:
+    """Where a set belongs: OUTPUT, OUTPUT-val, OUTPUT-GROUP."""
+    return "-".join(filter(None, (output.rstrip("/"), name)))
+
+
+def building_folder(work: str, output: str, name: str) -> str:
+    """Where a set is built."""
+    final = set_folder(output, name)
+    return final if store.is_remote(output) else store.join(work, "sets", store.split(final)[1])
+
+
 def part_files(task: int, name: str, kind: str = "") -> tuple[str, str]:
     """Of set `name` the tokens that a task made, and the lengths of the documents in tokens, int32."""
     return f"{task:06d}-{name}{kind}.tokens", f"{task:06d}-{name}{kind}.lengths"

@@ -24,9 +24,10 @@ from fastcpt.data_prep import dedup, encoding, engines, merge, store
 from fastcpt.data_prep.encoding import Backend
 from fastcpt.data_prep.engines import Engine
 from fastcpt.data_prep.inputs import Input, Task, find_inputs, make_tasks
-from fastcpt.data_prep.parts import MAX_SETS, Job
+from fastcpt.data_prep.pairs import Ending, Pairs, Stretch, write
+from fastcpt.data_prep.parts import MAX_SETS, Job, building_folder
 from fastcpt.data_prep.progress import Meter
-from fastcpt.data_prep.tasks import run_task
+from fastcpt.data_prep.tasks import run_task, warm
 from fastcpt.integrity import sha256_json
 from fastcpt.shards import MANIFEST
 
@@ -67,27 +68,32 @@ def prep(
     if merge.merged(work) is None and not store.is_remote(output):
         merge.refuse_existing(output, ["", "val"] if val_fraction else [""])
     tokenizer_json = encoding.load_tokenizer(tokenizer)
-    vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
     sources = find_inputs(inputs)
     tasks = make_tasks(sources)
-    job = Job(work, vocabulary, text_key, group_key, val_fraction, on_error, backend, dedup)
     if engine == "ray":
         where = engines.on_ray(ray_address, workers)
     else:
-        where = engines.local(workers or len(os.sched_getaffinity(0)))
+        where = engines.local(min(workers or len(os.sched_getaffinity(0)), len(tasks)), warm)
     try:
-        with owned(work):
-            _claim(job, sources, tasks, shard_tokens, tokenizer_json, output)
-            try:
-                if merge.merged(work) is None:
-                    with where as run:
-                        records = _run_tasks(tasks, job, run, quiet)
-                        _merge(sources, records, job, output, shard_tokens, tokenizer_json, run, quiet)
-                paths = merge.commit(output, work)
-            except UserError:
-                if not store.any_file(job.folder, ".json"):  # nothing to go on from, and the inputs may be mended now
-                    store.remove_folder(work)
-                raise
+        with where as run:
+            import pyarrow.parquet  # noqa: F401 (for the ledger; now, while workers load what they need)
+
+            vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
+            job = Job(work, vocabulary, text_key, group_key, val_fraction, on_error, backend, dedup)
+            with owned(work):
+                _claim(job, sources, tasks, shard_tokens, tokenizer_json, output)
+                try:
+                    if merge.merged(work) is None:
+                        pairs = Pairs(job, output, shard_tokens)
+                        records = _run_tasks(tasks, job, run, pairs, quiet)
+                        _merge(sources, records, job, output, tokenizer_json, run, pairs, quiet)
+                    paths = merge.commit(output, work)
+                except UserError:
+                    if not store.any_file(
+                        job.folder, ".json"
+                    ):  # nothing to go on from, and the inputs may be mended now
+                        store.remove_folder(work)
+                    raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -177,17 +183,38 @@ def _file(entry: list[Any] | None) -> str:
     return f"{entry[0]:,} bytes of version {entry[1]}" if entry else "not an input"
 
 
-def _run_tasks(tasks: list[Task], job: Job, engine: Engine, quiet: bool) -> list[dict[str, Any]]:
-    """The records of all tasks, in task order."""
+def _do(task: Any, job: Job) -> Any:
+    return run_task(task, job) if isinstance(task, Task) else write(task)
+
+
+def _run_tasks(tasks: list[Task], job: Job, engine: Engine, pairs: Pairs, quiet: bool) -> list[dict[str, Any]]:
+    """The records of all tasks, in task order. Unless there are duplicates to find, what is done is merged meanwhile."""
     done: dict[int, dict[str, Any]] = {}
+    merged = 0
+
+    def all_tasks() -> Iterator[Any]:
+        for task in tasks:
+            while pairs.ready:
+                yield pairs.ready.popleft()
+            yield task
+
     with Meter("tokenize", sum(task.weight for task in tasks), quiet) as meter:
-        for record in engine(functools.partial(run_task, job=job), tasks):
-            done[record["task"]] = record
-            sets = [counts for piece in record["pieces"] for counts in piece["sets"].values()]
-            meter.add(record["bytes"], sum(tokens for _, tokens, _ in sets))
+        for result in engine(functools.partial(_do, job=job), all_tasks()):
+            if not isinstance(result, dict):
+                pairs.done(result)
+                continue
+            done[result["task"]] = result
+            sets = [counts for piece in result["pieces"] for counts in piece["sets"].values()]
+            meter.add(result["bytes"], sum(tokens for _, tokens, _ in sets))
+            while not job.dedup and merged in done:
+                pairs.add(done[merged])
+                merged += 1
     records = [done[task.index] for task in tasks]
     if job.dedup:
         records = dedup.remove(records, job, engine)
+        for record in records:
+            pairs.add(record)
+    pairs.close()
     if not quiet:
         _summarize(records, meter.speed)
     return records
@@ -213,9 +240,9 @@ def _merge(
     records: list[dict[str, Any]],
     job: Job,
     output: str,
-    shard_tokens: int,
     tokenizer_json: bytes,
     engine: Engine,
+    pairs: Pairs,
     quiet: bool,
 ) -> None:
     """Builds every set."""
@@ -229,14 +256,13 @@ def _merge(
         )
     if not store.is_remote(output):
         merge.refuse_existing(output, names)
-    pairs = [pair for name in names for pair in merge.plan_pairs(name, records, job, output, shard_tokens)]
-    folders = {name: merge.building_folder(job.work, output, name) for name in names}
-    entries: dict[str, dict[int, dict[str, Any]]] = {folder: {} for folder in folders.values()}
-    with Meter("merge", sum(pair.bytes for pair in pairs), quiet) as meter:
-        for pair, entry in engine(merge.write_pair, pairs):
-            entries[pair.folder][pair.index] = entry
-            meter.add(pair.bytes)
-    for name, folder in folders.items():
-        ordered = [entry for _, entry in sorted(entries[folder].items())]
-        merge.finish_set(name, folder, ordered, table, tokenizer_json, job.vocabulary)
+    with Meter("merge", sum(task.bytes for task in pairs.ready if not isinstance(task, Ending)), quiet) as meter:
+        while waiting := list(pairs.ready):
+            pairs.ready.clear()
+            for result in engine(write, waiting):
+                pairs.done(result)
+                meter.add(result[0].bytes if isinstance(result[0], Stretch) else 0)
+    for name in names:
+        folder = building_folder(job.work, output, name)
+        merge.finish_set(name, folder, pairs.of(folder), table, tokenizer_json, job.vocabulary)
     merge.mark_merged(job.work, names)

@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fastcpt import UserError
 from fastcpt.data_prep import store, streams
@@ -28,7 +25,6 @@ from fastcpt.data_prep.streams import (
     zstd_chunks,
 )
 
-PARQUET_ROWS = 256
 KNOWN_GROUPS = 1000
 _ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 BOM = b"\xef\xbb\xbf"
@@ -101,7 +97,7 @@ def _field(record: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _encoded(text: Any, key: str) -> bytes:
+def encoded(text: Any, key: str) -> bytes:
     """UTF-8 of a value that JSON (str) or parquet (bytes of a string column) gave. Raises Bad."""
     if isinstance(text, str):
         try:
@@ -121,7 +117,7 @@ def check_utf8(data: bytes) -> None:
         raise Bad("invalid UTF-8", f"byte 0x{data[error.start]:02x}", error.start) from None
 
 
-def _text(data: bytes) -> bytes:
+def text_of(data: bytes) -> bytes:
     if not data:
         raise Bad("empty document", "it has no text")
     if len(data) > streams.MAX_DOCUMENT_BYTES:
@@ -129,7 +125,7 @@ def _text(data: bytes) -> bytes:
     return data
 
 
-def _group(data: bytes, key: str) -> str:
+def group_of(data: bytes, key: str) -> str:
     """A group's value becomes the end of a folder's name; one that cannot is rejected, never rewritten."""
     value = data.decode()
     if not value or len(data) > 100 or not value.isprintable() or value != value.strip() or set("/\\") & set(value):
@@ -160,7 +156,9 @@ class PieceReader:
         source = self.piece.source
         with store.open_read(source.path) as file:
             if source.suffix == ".parquet":
-                yield from self._parquet(file)
+                from fastcpt.data_prep import parquet
+
+                yield from parquet.documents(self, file)
             elif source.suffix == ".txt":
                 yield self._text_file(file)
             elif source.suffix == ".jsonl":
@@ -181,9 +179,12 @@ class PieceReader:
     def _lines(self, found: Iterator[tuple[int, list[bytes] | Bad]]) -> Iterator[Document | Reject]:
         compressed = self.piece.source.suffix != ".jsonl"
         for offset, lines in found:
-            for line in (lines,) if isinstance(lines, Bad) else lines:
+            waiting = [lines] if isinstance(lines, Bad) else lines
+            waiting.reverse()
+            while waiting:
                 if offset >= self.piece.stop and not compressed:
                     return
+                line = waiting.pop()
                 self.lines += 1
                 if not line:  # at once: there can be very many
                     self.blank += 1
@@ -192,9 +193,11 @@ class PieceReader:
                 if isinstance(line, Bad):
                     yield Reject(line.reason, line.detail, self.lines - 1, offset)
                     continue
-                if (item := self._at_once(line, offset) or self._closely(line, offset)) is not None:
-                    yield item
+                item = self._at_once(line, offset) or self._closely(line, offset)
                 offset += len(line) + 1
+                del line  # it may be long, and nobody needs it while its text is tokenized
+                if item is not None:
+                    yield item
 
     def _at_once(self, line: bytes, offset: int) -> Document | None:
         """The document of a line, if nothing is unusual about it; None if it has to be looked at closely.
@@ -231,10 +234,10 @@ class PieceReader:
             return None
         try:
             record = parse(line, self._decoder)
-            data = _text(_encoded(_field(record, self.text_key), self.text_key))
+            data = text_of(encoded(_field(record, self.text_key), self.text_key))
             group = None
             if self.group_key is not None:
-                group = _group(_encoded(_field(record, self.group_key), self.group_key), self.group_key)
+                group = group_of(encoded(_field(record, self.group_key), self.group_key), self.group_key)
                 if len(self._groups) < KNOWN_GROUPS:
                     self._groups[group] = group
             return Document(data, group, number, offset)
@@ -249,96 +252,14 @@ class PieceReader:
         try:
             if self.group_key is not None:
                 raise Bad("missing key", f"a text file has no {self.group_key!r}")
-            check_utf8(_text(data))
+            check_utf8(text_of(data))
         except Bad as bad:
             return Reject(bad.reason, bad.detail, data.count(b"\n", 0, bad.at), start + bad.at)
         return Document(data, None, 0, start)
 
-    def _parquet(self, file: BinaryIO) -> Iterator[Document | Reject]:
-        try:
-            metadata = pq.read_metadata(file)
-            columns = (metadata.schema.column(index) for index in range(metadata.num_columns))
-            # As a dictionary: a page may say "this value of 30 MB, 256 times" in a few bytes.
-            texts = [c.path for c in columns if c.path == self.text_key and c.physical_type == "BYTE_ARRAY"]
-            table = pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, read_dictionary=texts)
-        except (pa.ArrowException, OSError) as error:
-            self.lines = 1
-            yield Reject("damaged file", first_line(error), 0, 0)
-            return
-        for group in range(self.piece.start, self.piece.stop):
-            before, rows = self.lines, table.metadata.row_group(group).num_rows
-            why = "it holds fewer rows than it says"
-            try:
-                yield from self._row_group(table, group, rows)
-            except (pa.ArrowException, OSError) as error:
-                why = first_line(error)
-            if lost := before + rows - self.lines:
-                yield Reject("damaged file", f"row group {group}: {why}", self.lines, -1, lost)
-                self.lines = before + rows
-
-    def _row_group(self, table: pq.ParquetFile, group: int, rows: int) -> Iterator[Document | Reject]:
-        paths = [_column_path(table, key) for key in (self.text_key, self.group_key) if key is not None]
-        columns = list(dict.fromkeys(".".join(path) for path in paths if path))
-        for batch in table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=columns, use_threads=False):
-            values = [_column(batch, path) for path in paths]
-            if (rows := rows - batch.num_rows) < 0:
-                raise pa.ArrowInvalid("it holds more rows than it says")
-            for row in zip(*values, strict=True):
-                self.lines += 1
-                yield self._row(row, [path is not None for path in paths], self.lines - 1)
-
-    def _row(self, row: tuple[Any, ...], present: list[bool], number: int) -> Document | Reject:
-        try:
-            for key, there in zip((self.text_key, self.group_key), present):
-                if not there:
-                    raise Bad("missing key", f"no column {key!r}")
-            data = _text(_encoded(row[0], self.text_key))
-            group = None
-            if self.group_key is not None:
-                group = _group(_encoded(row[1], self.group_key), self.group_key)
-            return Document(data, group, number, -1)
-        except Bad as bad:
-            return Reject(bad.reason, bad.detail, number, -1)
-
 
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _column_path(table: pq.ParquetFile, key: str) -> list[str] | None:
-    """["text"], or ["meta", "source"] for a field of a struct column; None when there is no such column."""
-    schema = table.schema_arrow
-    if key in schema.names:
-        return [key]
-    first, *rest = key.split(".")
-    kind = schema.field(first).type if first in schema.names else None
-    for part in rest:
-        if kind is None or not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
-            return None
-        kind = kind.field(part).type
-    return None if kind is None else [first, *rest]
-
-
-def _column(batch: pa.RecordBatch, path: list[str] | None) -> list[Any]:
-    """The values of a column: bytes for strings, because Arrow does not check that they are UTF-8."""
-    if path is None:
-        return [None] * batch.num_rows
-    column = batch.column(path[0])
-    if len(path) > 1:
-        column = pc.struct_field(column, path[1:])
-    if pa.types.is_dictionary(column.type):
-        distinct, values = _binary(column.dictionary), dict[int | None, Any]()
-        for index in column.indices.to_pylist():
-            if index not in values:
-                values[index] = None if index is None else distinct[index].as_py()
-        return [values[index] for index in column.indices.to_pylist()]
-    return _binary(column).to_pylist()
-
-
-def _binary(column: pa.Array) -> pa.Array:
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
-        return column.cast(pa.large_binary())
-    return column
 
 
 def lines_before(piece: Piece) -> int:
@@ -347,8 +268,9 @@ def lines_before(piece: Piece) -> int:
     if piece.start == 0:
         return 0
     if source.suffix == ".parquet":
-        with store.open_read(source.path) as opened, pq.ParquetFile(opened) as table:
-            return sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
+        from fastcpt.data_prep import parquet
+
+        return parquet.rows_before(source.path, piece.start)
     with store.open_read(source.path) as file:
         left, count = piece.start - 1, 1
         while left and (chunk := file.read(min(left, CHUNK_BYTES))):

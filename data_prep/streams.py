@@ -123,8 +123,8 @@ def line_start(file: BinaryIO, start: int, stop: int) -> int:
 
 
 def split_lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, list[bytes] | Bad]]:
-    """(offset of the first, lines without their newlines), about a chunk of them at a time; Bad for one line that is too
-    long or that an archive's end cut off."""
+    """(offset of the first, lines without their newlines), about a chunk of them at a time, for the caller to keep or to
+    empty; Bad for one line that is too long or that an archive's end cut off."""
     head: list[bytes] = []
     size = 0  # of the line so far; beyond the limit its bytes are not kept
     try:
@@ -142,9 +142,11 @@ def split_lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, lis
                 offset += size + 1
             else:
                 lines.insert(0, b"".join(head))
+            head = []  # a long line is there once, while others look at it
             if lines:
+                size = sum(map(len, lines)) + len(lines)
                 yield offset, lines
-                offset += sum(map(len, lines)) + len(lines)
+                offset += size
             head, size = [tail], len(tail)
     except ArchiveError as error:
         yield offset, Bad(error.reason, error.detail)

@@ -30,7 +30,7 @@ def read_sums(prefix: Path, pair: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
 
 
 class BlockFile:
-    """A file of `size` bytes. Call `check` once a batch, `read_into` for each piece, `release` when the batch is read.
+    """A file of `size` bytes. Call `check` once a batch, `read_into` for each piece, `release` when many pages were mapped.
 
     reader: "mmap" copies out of a mapping, and compares each block with its hash when it is first touched; "pread"
     reads with system calls and compares nothing. hashes: returns those of all blocks, (blocks,) uint64; called once,

@@ -35,7 +35,8 @@ MIX = [
     (np.array(27, np.uint64), np.array(0x94D049BB133111EB, np.uint64)),
 ]
 LAST_SHIFT = np.array(31, np.uint64)
-PLACED = 1024  # samples whose places are computed at once: numpy takes about as long for one as for a hundred
+FEW = 8  # below so many values plain integers are faster than numpy
+PLACED = 512  # samples whose places are computed at once: numpy takes about as long for one as for a hundred
 
 
 def _mix(values: np.ndarray) -> None:
@@ -64,6 +65,19 @@ class Permutation:
             values[outside] = _feistel(values[outside], self.half, self.mask, self.keys)
         return values
 
+    def walk(self, value: int) -> int:
+        """Where the cycle-walk that is at `value` ends: the same as `__call__` in plain integers, fast for one."""
+        half, mask, keys = int(self.half), int(self.mask), [int(key) for key in self.keys]
+        while value >= self.size:
+            left, right = value >> half, value & mask
+            for key in keys:
+                mixed = right ^ key
+                for shift, factor in MIX:
+                    mixed = (mixed ^ mixed >> int(shift)) * int(factor) & (1 << 64) - 1
+                left, right = right, left ^ (mixed ^ mixed >> int(LAST_SHIFT)) & mask
+            value = left << half | right
+        return value
+
 
 def _feistel(
     values: np.ndarray, half: np.ndarray, mask: np.ndarray, keys: Sequence[np.ndarray] | np.ndarray
@@ -87,8 +101,10 @@ def permuted(permutations: Sequence[Permutation], which: np.ndarray, indexes: np
     )
     keys = np.array([permutation.keys for permutation in permutations]).T[:, which]
     values = _feistel(np.asarray(indexes, np.uint64), half, mask, keys)
-    while len(outside := np.flatnonzero(values >= size)):
+    while len(outside := np.flatnonzero(values >= size)) > FEW:
         values[outside] = _feistel(values[outside], half[outside], mask[outside], keys[:, outside])
+    for place in outside.tolist():
+        values[place] = permutations[which[place]].walk(int(values[place]))
     return values
 
 

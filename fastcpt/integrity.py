@@ -117,6 +117,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: not found; it should be {what}") from None
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error.strerror}); it should be {what}") from None
     except ValueError as error:
         raise DamagedError(f"{path}: not JSON ({error}); it should be {what}") from None
     if not isinstance(value, dict):

@@ -46,6 +46,8 @@ DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_CODES.items()}
 MANIFEST = "manifest.json"
 FORMAT = "fastcpt-shards"
+# Mapped pages stay in this process until about so many bytes were touched: one fault maps the 64 KiB around it.
+RELEASE_BYTES = 64 << 20
 MANIFEST_FORM = {
     "tokenizer": {"fingerprint": str, "vocab_size": int, "eod": int, "eod_token": str},
     "dtype": ("uint16", "int32"),
@@ -168,19 +170,26 @@ class PairWriter:
     def close(self) -> dict[str, Any]:
         self._binary.close()
         lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, "<i4")
-        with HashingWriter(self.directory / f"{self.name}.idx", BLOCK_BYTES) as index:
-            index.write(index_bytes(self.dtype, lengths))
-        sums = np.concatenate((self._binary.hashes, index.hashes)).tobytes()
-        with HashingWriter(self.directory / f"{self.name}.sums", BLOCK_BYTES) as file:
-            file.write(sums)
-        return {
-            "name": self.name,
-            "tokens": self.tokens,
-            "documents": len(lengths),
-            "bin_bytes": self._binary.size,
-            "idx_bytes": index.size,
-            "sums_sha256": hashlib.sha256(sums).hexdigest(),
-        }
+        return finish_pair(self.directory, self.name, self.dtype, lengths, self._binary.hashes)
+
+
+def finish_pair(directory: Path, name: str, dtype: np.dtype, lengths: np.ndarray, hashes: np.ndarray) -> dict[str, Any]:
+    """Writes `.idx` and `.sums` beside a `.bin`; returns the pair's entry for the manifest. lengths (D,) int32: tokens of
+    its documents; hashes: of the blocks of the `.bin`, uint64."""
+    with HashingWriter(directory / f"{name}.idx", BLOCK_BYTES) as index:
+        index.write(index_bytes(dtype, lengths))
+    sums = np.concatenate((hashes, index.hashes)).tobytes()
+    with HashingWriter(directory / f"{name}.sums", BLOCK_BYTES) as file:
+        file.write(sums)
+    tokens = int(lengths.sum(dtype=np.int64))
+    return {
+        "name": name,
+        "tokens": tokens,
+        "documents": len(lengths),
+        "bin_bytes": tokens * dtype.itemsize,
+        "idx_bytes": index.size,
+        "sums_sha256": hashlib.sha256(sums).hexdigest(),
+    }
 
 
 def set_fingerprint(tokenizer: str, dtype: np.dtype, pairs: list[dict[str, Any]]) -> str:
@@ -236,7 +245,7 @@ def _hashes(prefix: Path, pair: dict[str, Any]) -> np.ndarray:
 class ShardSet:
     """A shard set, opened in milliseconds whatever its size. `len(set)` is its number of tokens.
 
-    reader: "mmap" maps the files and gives used pages back after each batch. The first time that it touches a block of
+    reader: "mmap" maps the files and gives used pages back now and then. The first time that it touches a block of
     64 KiB it compares the block with its hash, so that no token of a damaged one is returned. "pread" reads windows with
     system calls, for file systems where mapping is bad (network ones). There reading a whole block for a window of a few
     KiB is not cheap either, and nothing is compared: `verify` is the check.
@@ -253,6 +262,8 @@ class ShardSet:
         self.starts = np.cumsum([0, *(pair["tokens"] for pair in self.pairs)], dtype=np.int64)
         self._bytes: list[int] = (self.starts * self.dtype.itemsize).tolist()  # where each pair starts, and the end
         self._files = []
+        self._used: set[int] = set()  # pairs of which pages are mapped, after about so many bytes
+        self._touched = 0
         for pair in self.pairs:
             if pair["bin_bytes"] != pair["tokens"] * self.dtype.itemsize:
                 raise DamagedError(
@@ -312,8 +323,12 @@ class ShardSet:
                 at += count
                 position += count
                 pair += 1
-        for pair in used:
-            self._files[pair].release()
+        self._used |= used
+        self._touched += len(indexes) * (row_bytes + 2 * BLOCK_BYTES)
+        if self._touched > RELEASE_BYTES:
+            for pair in self._used:
+                self._files[pair].release()
+            self._used, self._touched = set(), 0
 
     def document_lengths(self) -> Iterator[np.ndarray]:
         """(D,) int32 of each pair in order: the tokens of each document, end-of-document token included."""

@@ -24,7 +24,7 @@ import zstandard
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fastcpt import UserError
-from fastcpt.data_prep import encoding, engines, inputs, merge, parts, pretokenize, store, tasks
+from fastcpt.data_prep import encoding, engines, inputs, merge, pairs, parts, pretokenize, store, tasks
 from fastcpt.data_prep.pretokenize import prep
 from fastcpt.shards import ShardSet
 
@@ -203,6 +203,24 @@ def test_same_bytes_for_any_number_of_workers_and_any_division(
         for path in (tmp_path / "out", tmp_path / "out-val"):
             shutil.rmtree(path)
     assert len(trees[0]) > 12 and all(other == trees[0] for other in trees)
+
+
+def test_pairs_in_stretches_are_those_in_one(
+    tmp_path: Path, run: Any, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stretches end in the middle of documents and of parts, and the last is shorter."""
+    rng = random.Random(7)
+    texts = [make_text(rng, rng.choice([3, 40, 2000])) for _ in range(160)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    monkeypatch.setattr(inputs, "TASK_BYTES", 90_000)
+    wanted = [index for text in texts for index in reference(text)]
+    for name, tokens, workers in (("one", 16 << 20, 1), ("many", 32 << 10, 1), ("processes", 32 << 10, 2)):
+        monkeypatch.setattr(pairs, "STRETCH_TOKENS", tokens)
+        (manifest,) = run([str(path)], output=tmp_path / name, shard_tokens=70_001, workers=workers)
+        assert np.concatenate([ShardSet(tmp_path / name).windows(np.array([0]), len(wanted) - 1)[0]]).tolist() == wanted
+        ShardSet(tmp_path / name).verify()
+        assert tree(tmp_path / name) == tree(tmp_path / "one")
+    assert [pair["tokens"] > 2 * 32 << 10 for pair in manifest["pairs"]][:2] == [True, True]
 
 
 def test_validation_depends_on_the_text_alone(tmp_path: Path, run: Any, reference: Any) -> None:
@@ -607,7 +625,9 @@ STEPS = [
     *[(tasks, "write_record", call) for call in (1, 2, 5)],
     (tasks.Parts, "write", 3),
     (store.os, "replace", 9),
-    (merge, "write_pair", 2),
+    (pairs, "write_stretch", 2),
+    (pairs, "end_pair", 1),
+    (pairs, "end_pair", 3),
     (merge, "finish_set", 1),
     (merge, "write_manifest", 2),
     (merge, "mark_merged", 1),
@@ -702,9 +722,8 @@ def test_killed_worker_is_reported_at_once() -> None:
 
 def test_error_in_a_worker_stops_the_others_at_once() -> None:
     start = time.monotonic()
-    with pytest.raises((TypeError, ValueError)):
-        with engines.local(2) as engine:
-            list(engine(time.sleep, [600, -1]))
+    with pytest.raises((TypeError, ValueError)), engines.local(2) as engine:
+        list(engine(time.sleep, [600, -1]))
     assert time.monotonic() - start < 30
 
 

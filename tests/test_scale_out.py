@@ -19,7 +19,7 @@ import tokenizers
 import zstandard
 
 from fastcpt import UserError
-from fastcpt.data_prep import engines, inputs, pretokenize, store, tasks
+from fastcpt.data_prep import engines, inputs, pairs, pretokenize, store, tasks
 from fastcpt.data_prep.pretokenize import prep
 
 ray = pytest.importorskip("ray")
@@ -179,7 +179,7 @@ def test_s3_holds_the_bytes_of_a_local_run(tmp_path: Path, run: Any, s3: str, mo
     (tmp_path / "local").mkdir()
     run([str(tmp_path / "in")], output=tmp_path / "local" / "out", workers=1, dedup=True)
     again = functools.partial(run, [f"{s3}/corpus"], output=f"{s3}/sets/out", workers=1, dedup=True)
-    for module, name, call in ((tasks, "write_record", 3), (pretokenize.merge, "write_pair", 2)):
+    for module, name, call in ((tasks, "write_record", 3), (pairs, "write_pair", 2)):
         calls, original = [0], getattr(module, name)
 
         def stop(*arguments: Any, calls: list[int] = calls, call: int = call, original: Any = original) -> Any:
