@@ -169,7 +169,8 @@ def make_tasks(inputs: list[Input]) -> list[Task]:
             weights.append(0)
         packs[-1].append(piece)
         weights[-1] += size
-    check_first = -(-CHECK_DOCUMENTS // len(packs))
+    shares = [index * CHECK_DOCUMENTS // len(packs) for index in range(len(packs) + 1)]
     return [
-        Task(index, tuple(pieces), weight, check_first) for index, (pieces, weight) in enumerate(zip(packs, weights))
+        Task(index, tuple(pieces), weight, shares[index + 1] - shares[index])
+        for index, (pieces, weight) in enumerate(zip(packs, weights))
     ]
