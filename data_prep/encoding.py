@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from fastcpt import UserError
-from fastcpt.data_prep.readers import first_line
+from fastcpt.data_prep.documents import first_line
 from fastcpt.shards import dtype_for, tokenizer_fingerprint
 
 Backend = Literal["gigatoken", "tokenizers"]

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fastcpt.data_prep import store
-from fastcpt.data_prep.readers import Document, PieceReader, Reject, encoded, first_line, group_of, text_of
+from fastcpt.data_prep.documents import Document, Reject, encoded, first_line, group_of, text_of
 from fastcpt.data_prep.streams import Bad
 
 PARQUET_ROWS = 256
@@ -28,8 +28,8 @@ def rows_before(path: str, group: int) -> int:
         return sum(table.metadata.row_group(index).num_rows for index in range(group))
 
 
-def documents(reader: PieceReader, file: BinaryIO) -> Iterator[Document | Reject]:
-    """Those of the row groups of the reader's piece; it counts the rows in `reader.lines`."""
+def documents(reader: Any, file: BinaryIO) -> Iterator[Document | Reject]:
+    """Those of the row groups of the piece of a `PieceReader`; it counts the rows in `reader.lines`."""
     try:
         metadata = pq.read_metadata(file)
         columns = (metadata.schema.column(index) for index in range(metadata.num_columns))
@@ -52,7 +52,7 @@ def documents(reader: PieceReader, file: BinaryIO) -> Iterator[Document | Reject
             reader.lines = before + rows
 
 
-def _row_group(reader: PieceReader, table: pq.ParquetFile, group: int, rows: int) -> Iterator[Document | Reject]:
+def _row_group(reader: Any, table: pq.ParquetFile, group: int, rows: int) -> Iterator[Document | Reject]:
     paths = [_column_path(table, key) for key in (reader.text_key, reader.group_key) if key is not None]
     columns = list(dict.fromkeys(".".join(path) for path in paths if path))
     for batch in table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=columns, use_threads=False):
@@ -64,7 +64,7 @@ def _row_group(reader: PieceReader, table: pq.ParquetFile, group: int, rows: int
             yield _row(reader, row, [path is not None for path in paths], reader.lines - 1)
 
 
-def _row(reader: PieceReader, row: tuple[Any, ...], present: list[bool], number: int) -> Document | Reject:
+def _row(reader: Any, row: tuple[Any, ...], present: list[bool], number: int) -> Document | Reject:
     try:
         for key, there in zip((reader.text_key, reader.group_key), present):
             if not there:

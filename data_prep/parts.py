@@ -16,8 +16,8 @@ import numpy as np
 
 from fastcpt import UserError
 from fastcpt.data_prep import store
+from fastcpt.data_prep.documents import Document
 from fastcpt.data_prep.encoding import Backend, Vocabulary
-from fastcpt.data_prep.readers import Document
 from fastcpt.integrity import block_hash, blocks
 
 MAX_SETS = 1000

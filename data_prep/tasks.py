@@ -16,10 +16,11 @@ import numpy as np
 
 from fastcpt import UserError
 from fastcpt.data_prep import dedup, store
+from fastcpt.data_prep.documents import Document, Reject
 from fastcpt.data_prep.encoding import Encoder, Tools, Vocabulary, make_tools
 from fastcpt.data_prep.inputs import Piece, Task
 from fastcpt.data_prep.parts import EXAMPLES, Files, Job, Parts, finished_record, record_file, write_record
-from fastcpt.data_prep.readers import Document, PieceReader, Reject, lines_before
+from fastcpt.data_prep.readers import PieceReader, lines_before
 
 BATCH_BYTES = 4 << 20
 # Every run compares gigatoken with the reference, on documents up to CHECK_BYTES: the first of each task, and CHECK_SHARE

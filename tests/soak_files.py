@@ -21,7 +21,7 @@ import soak_lines
 import zstandard
 
 from fastcpt.data_prep import inputs
-from fastcpt.data_prep.readers import Document, Reject
+from fastcpt.data_prep.documents import Document, Reject
 
 UNIT = 1
 SECONDS = 60

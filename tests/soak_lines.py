@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcpt.data_prep import inputs
-from fastcpt.data_prep.readers import Document, PieceReader, Reject
+from fastcpt.data_prep.documents import Document, Reject
+from fastcpt.data_prep.readers import PieceReader
 
 UNIT = 5000  # lines a trial, about: a mutation may add a newline or take one away
 SECONDS = 120

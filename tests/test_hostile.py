@@ -28,7 +28,8 @@ FINE = ["fine", 4]
 READ = """
 import json, resource, sys
 from fastcpt.data_prep.inputs import find_inputs, make_tasks
-from fastcpt.data_prep.readers import Document, PieceReader
+from fastcpt.data_prep.documents import Document
+from fastcpt.data_prep.readers import PieceReader
 
 def highest():
     with open("/proc/self/status") as status:

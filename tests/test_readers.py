@@ -14,8 +14,9 @@ import zstandard
 
 from fastcpt import UserError
 from fastcpt.data_prep import inputs, readers, streams
+from fastcpt.data_prep.documents import Document, Reject
 from fastcpt.data_prep.inputs import find_inputs, make_tasks
-from fastcpt.data_prep.readers import Document, PieceReader, Reject
+from fastcpt.data_prep.readers import PieceReader
 
 
 def read(path: Path, group_key: str | None = None) -> tuple[list[Document], list[Reject]]:
