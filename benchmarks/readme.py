@@ -110,12 +110,14 @@ def prep_table() -> str:
         "nanogpt": "as nanoGPT's script: `datasets`, tiktoken",
         "datatrove": "datatrove's DocumentTokenizer",
     }
-    out = [f"| {rows[0]['device']}, {rows[0]['workers']} processes | | MB/s | M tokens/s | time to ours |"]
-    out.append("|---|---|---|---|---|")
+    out = [f"| {rows[0]['device']}, {rows[0]['workers']} processes | | MB | MB/s | M tokens/s | time to ours, a MB |"]
+    out.append("|---|---|---|---|---|---|")
     for row in rows:
         name = titles.get(row["implementation"], f"`{row['implementation']}`")
         speed, tokens = f"{float(row['mb_per_s']):.1f}", f"{float(row['tokens_per_s']) / 1e6:.2f}"
-        out.append(f"| {name} | .{row['form']} | {speed} | {tokens} | {float(row['ratio_to_ours']):.2f} |")
+        out.append(
+            f"| {name} | .{row['form']} | {float(row['text_mb']):.0f} | {speed} | {tokens} | {float(row['ratio_to_ours']):.2f} |"
+        )
     return "\n".join([*out, "", f"{rows[0]['text']}."])
 
 

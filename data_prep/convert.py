@@ -5,7 +5,6 @@ the same documents are the same set, whoever tokenized them. A block, the docume
 are in memory. The set is built in `OUTPUT.partial` and renamed into place at the end; a run that stops starts anew.
 """
 
-import errno
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from fastcpt.data_prep import encoding, foreign, merge, pretokenize, store
 from fastcpt.data_prep.encoding import Vocabulary
 from fastcpt.data_prep.foreign import FORMATS, SEQUENCE_TOKENS, Format, Source, TokenFile
 from fastcpt.data_prep.inputs import Input
-from fastcpt.data_prep.parts import building_folder
+from fastcpt.data_prep.parts import building_folder, refuse_existing
 from fastcpt.data_prep.progress import Meter
 from fastcpt.shards import PairWriter, read_manifest
 
@@ -53,11 +52,11 @@ def convert(
         raise UserError(f"--dtype {dtype}: {source} files say themselves what they hold; leave it out")
     if append_eod and layout.cut == "sequence":
         raise UserError(f"--append-eod: {source} sequences are kept as they were trained on; leave it out")
-    merge.refuse_existing(output, [""])
+    refuse_existing(output, [""])
     tokenizer_json = encoding.load_tokenizer(tokenizer)
     vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
     work = f"{output}.partial"
-    try:
+    with store.disk_errors(work):
         files = list(layout.open(foreign.find_files(inputs, source), vocabulary, dtype))
         with pretokenize.owned(work):
             if os.path.exists(store.join(work, "plan.json")):
@@ -79,12 +78,6 @@ def convert(
             except BaseException:  # there is nothing to go on from
                 shutil.rmtree(work, ignore_errors=True)
                 raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{work}: the disk is full; free some space and run the same command again") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
-            raise UserError(f"{error.filename or work}: {error.strerror}; make it readable, or restore it") from None
-        raise
     return {**read_manifest(Path(path)), "path": path}
 
 

@@ -132,7 +132,7 @@ def on_ray(address: str | None, workers: int | None) -> Iterator[Engine]:
     try:
         yield run
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, (UserError, OSError)):
             raise error.cause from None
         raise
     except RayError as error:

@@ -18,7 +18,7 @@ from fastcpt.data_prep.store import Stat
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 # About a third of a second of tokenizing: small enough to share out evenly, large enough for its files to cost nothing.
 TASK_BYTES = 32 << 20
-CHECK_DOCUMENTS = 32
+CHECK_DOCUMENTS = 32  # of a run, shared out among its tasks
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _expand(argument: str) -> dict[str, Stat]:
     found: dict[str, Stat] | None
     if store.is_remote(argument):
         found = store.find(argument)
-        if found and argument not in found and "*" not in argument:
+        if found and argument not in found and not store.is_pattern(argument):
             found = {path: found[path] for path in _corpus(argument, found)}
             if not found:
                 raise UserError(nothing)

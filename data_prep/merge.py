@@ -6,17 +6,15 @@ where they belong, and a set is one when its manifest is there, which comes last
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastcpt import UserError
 from fastcpt.data_prep import store
 from fastcpt.data_prep.encoding import Vocabulary, token_bytes
 from fastcpt.data_prep.inputs import Input
-from fastcpt.data_prep.parts import EXAMPLES, Job, building_folder, set_folder
+from fastcpt.data_prep.parts import EXAMPLES, Job, building_folder, refuse_existing, set_folder
 from fastcpt.integrity import sync_directory, sync_file, write_durably
 from fastcpt.shards import write_manifest
 
@@ -128,15 +126,8 @@ def finish_set(
     return manifest
 
 
-def refuse_existing(output: str, names: Iterable[str]) -> None:
-    for name in names:
-        folder = set_folder(output, name)
-        if store.has_files(folder):
-            raise UserError(f"{folder}: exists already; remove it, or choose another --output")
-
-
 def mark_merged(work: str, names: list[str]) -> None:
-    store.write_bytes(store.join(work, "merged.json"), json.dumps({"sets": names}).encode())
+    store.write_bytes(store.join(work, "merged.json"), json.dumps({"sets": names}).encode(), durable=True)
 
 
 def merged(work: str) -> list[str] | None:

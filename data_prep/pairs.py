@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from fastcpt.data_prep import store
-from fastcpt.data_prep.parts import Job, building_folder, whole_documents
-from fastcpt.integrity import block_hash, write_durably
+from fastcpt.data_prep.parts import Job, building_folder, refuse_existing, whole_documents
+from fastcpt.integrity import block_hash, sync_directory
 from fastcpt.shards import BLOCK_BYTES, PairWriter, finish_pair
 
 STRETCH_TOKENS = 16 << 20  # whole blocks of any dtype
@@ -141,7 +141,8 @@ def end_pair(ending: Ending) -> dict[str, Any]:
         file.truncate(int(lengths.sum(dtype=np.int64)) * dtype.itemsize)  # another run may have been here
         os.fsync(file.fileno())
     entry = finish_pair(folder, pair.name, dtype, lengths, np.frombuffer(ending.hashes, "<u8"))
-    write_durably(Path(pair.record), json.dumps(entry).encode())
+    sync_directory(folder)
+    store.write_bytes(pair.record, json.dumps(entry).encode(), durable=True)
     return entry
 
 
@@ -181,8 +182,17 @@ class Pairs:
         """The parts of the next task, in task order."""
         for name, file in record["parts"].items():
             if name not in self._sets:
+                self._begin(name)
                 self._sets[name] = _Set(building_folder(self._job.work, self._output, name), name)
             self._cut(self._sets[name], self._job.path(file))
+
+    def _begin(self, name: str) -> None:
+        """On a remote store a set is built where it belongs: what is there before its first pair is not this run's.
+        Raises UserError."""
+        mark = self._job.path(f"begun-{name}")
+        if store.is_remote(self._output) and store.read_bytes(mark) is None:
+            refuse_existing(self._output, [name])
+            store.write_bytes(mark, b"begun")
 
     def close(self) -> None:
         """There are no more."""

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,13 @@ def building_folder(work: str, output: str, name: str) -> str:
     """Where a set is built."""
     final = set_folder(output, name)
     return final if store.is_remote(output) else store.join(work, "sets", store.split(final)[1])
+
+
+def refuse_existing(output: str, names: Iterable[str]) -> None:
+    for name in names:
+        folder = set_folder(output, name)
+        if store.has_files(folder):
+            raise UserError(f"{folder}: exists already; remove it, or choose another --output")
 
 
 def part_files(task: int, name: str, kind: str = "") -> tuple[str, str]:

@@ -7,7 +7,6 @@ merge   the parts of each set, in task order -> pairs, ledger, manifest (`merge.
 An unfinished run lives in `OUTPUT.partial`. The same command again goes on from the tasks whose records are there.
 """
 
-import errno
 import fcntl
 import functools
 import json
@@ -25,7 +24,7 @@ from fastcpt.data_prep.encoding import Backend
 from fastcpt.data_prep.engines import Engine
 from fastcpt.data_prep.inputs import Input, Task, find_inputs, make_tasks
 from fastcpt.data_prep.pairs import Ending, Pairs, Stretch, write
-from fastcpt.data_prep.parts import MAX_SETS, Job, building_folder
+from fastcpt.data_prep.parts import MAX_SETS, Job, building_folder, refuse_existing
 from fastcpt.data_prep.progress import Meter
 from fastcpt.data_prep.tasks import run_task, warm
 from fastcpt.integrity import sha256_json
@@ -66,7 +65,7 @@ def prep(
     check_arguments(output, workers, shard_tokens, val_fraction)
     work = output.rstrip("/") + ".partial"
     if merge.merged(work) is None and not store.is_remote(output):
-        merge.refuse_existing(output, ["", "val"] if val_fraction else [""])
+        refuse_existing(output, ["", "val"] if val_fraction else [""])
     tokenizer_json = encoding.load_tokenizer(tokenizer)
     sources = find_inputs(inputs)
     tasks = make_tasks(sources)
@@ -74,30 +73,24 @@ def prep(
         where = engines.on_ray(ray_address, workers)
     else:
         where = engines.local(min(workers or len(os.sched_getaffinity(0)), len(tasks)), warm)
-    try:
-        with where as run:
-            import pyarrow.parquet  # noqa: F401 (for the ledger; now, while workers load what they need)
+    with store.disk_errors(work), where as run:
+        import pyarrow.parquet  # noqa: F401 (for the ledger; now, while workers load what they need)
 
-            vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
-            job = Job(work, vocabulary, text_key, group_key, val_fraction, on_error, backend, dedup)
-            with owned(work):
-                _claim(job, sources, tasks, shard_tokens, tokenizer_json, output)
-                try:
-                    if merge.merged(work) is None:
-                        pairs = Pairs(job, output, shard_tokens)
-                        records = _run_tasks(tasks, job, run, pairs, quiet)
-                        _merge(sources, records, job, output, tokenizer_json, run, pairs, quiet)
-                    paths = merge.commit(output, work)
-                except UserError:
-                    if not store.any_file(
-                        job.folder, ".json"
-                    ):  # nothing to go on from, and the inputs may be mended now
-                        store.remove_folder(work)
-                    raise
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{work}: the disk is full; free some space and run the same command again to go on") from None
+        vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
+        job = Job(work, vocabulary, text_key, group_key, val_fraction, on_error, backend, dedup)
+        with owned(work):
+            _claim(job, sources, tasks, shard_tokens, tokenizer_json, output)
+            try:
+                if merge.merged(work) is None:
+                    pairs = Pairs(job, output, shard_tokens)
+                    records = _run_tasks(tasks, job, run, pairs, quiet)
+                    _merge(sources, records, job, output, tokenizer_json, run, pairs, quiet)
+                paths = merge.commit(output, work)
+            except UserError:
+                # Without a record there is nothing to go on from, and the inputs may be mended now.
+                if not store.any_file(job.folder, ".json"):
+                    store.remove_folder(work)
+                raise
     return [{**_manifest(path), "path": path} for path in paths]
 
 
@@ -165,11 +158,11 @@ def _claim(
             )
         return
     if store.is_remote(output):  # where sets are built in place: what is there before the run begins is not its own
-        merge.refuse_existing(output, ["", "val"] if job.val_fraction else [""])
+        refuse_existing(output, ["", "val"] if job.val_fraction else [""])
     else:
         os.makedirs(job.folder, exist_ok=True)
-    store.write_bytes(store.join(job.work, "tokenizer.json"), tokenizer_json)
-    store.write_bytes(path, json.dumps(plan).encode())
+    store.write_bytes(store.join(job.work, "tokenizer.json"), tokenizer_json, durable=True)
+    store.write_bytes(path, json.dumps(plan).encode(), durable=True)
 
 
 def _difference(key: str, old: Any, new: Any) -> str:
@@ -204,8 +197,11 @@ def _run_tasks(tasks: list[Task], job: Job, engine: Engine, pairs: Pairs, quiet:
                 pairs.done(result)
                 continue
             done[result["task"]] = result
-            sets = [counts for piece in result["pieces"] for counts in piece["sets"].values()]
-            meter.add(result["bytes"], sum(tokens for _, tokens, _ in sets))
+            if result.pop("found"):
+                meter.skip(result["bytes"])
+            else:
+                sets = [counts for piece in result["pieces"] for counts in piece["sets"].values()]
+                meter.add(result["bytes"], sum(tokens for _, tokens, _ in sets))
             while not job.dedup and merged in done:
                 pairs.add(done[merged])
                 merged += 1
@@ -255,13 +251,14 @@ def _merge(
             f"--group-key {job.group_key}: {len(names):,} sets; choose a key with at most {MAX_SETS:,} values"
         )
     if not store.is_remote(output):
-        merge.refuse_existing(output, names)
+        refuse_existing(output, names)
     with Meter("merge", sum(task.bytes for task in pairs.ready if not isinstance(task, Ending)), quiet) as meter:
         while waiting := list(pairs.ready):
             pairs.ready.clear()
             for result in engine(write, waiting):
                 pairs.done(result)
-                meter.add(result[0].bytes if isinstance(result[0], Stretch) else 0)
+                if isinstance(result[0], Stretch) or store.is_remote(output):  # else it is the ending of a pair
+                    meter.add(result[0].bytes)
     for name in names:
         folder = building_folder(job.work, output, name)
         merge.finish_set(name, folder, pairs.of(folder), table, tokenizer_json, job.vocabulary)

@@ -4,6 +4,7 @@ Here is all that preparation knows about where files are. On a remote store ther
 an object appears whole when its upload is complete, so what is written is made in a local file first.
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fastcpt import UserError
-from fastcpt.integrity import sync_directory
+from fastcpt.integrity import sync_directory, sync_file
 
 READ_AHEAD_BYTES = 8 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_remote(path: str) -> bool:
@@ -49,11 +51,31 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in FULL:  # the local disk
+            raise
         raise UserError(f"{path}: {type(error).__name__}: {error}; check the address and the credentials") from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "gcsfs", "google", "azure"):
             raise
         raise UserError(f"{path}: {type(error).__name__}: {error}; check the address and the credentials") from None
+
+
+@contextmanager
+def disk_errors(work: str) -> Iterator[None]:
+    """What the system refuses is the user's to mend. work: the folder of an unfinished run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(
+                f"{work}: the disk is full; free some space and run the same command again to go on"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.EROFS):
+            raise UserError(
+                f"{error.filename or work}: {error.strerror}; make it accessible, or restore it, and run the same "
+                "command again"
+            ) from None
+        raise
 
 
 class Stat(NamedTuple):
@@ -68,6 +90,10 @@ def _stat(info: dict[str, Any]) -> Stat:
     return Stat(info["size"], str(next((tag for tag in tags if tag is not None), "")))
 
 
+def is_pattern(path: str) -> bool:
+    return any(sign in path for sign in "*?[")
+
+
 def find(path: str) -> dict[str, Stat] | None:
     """What a path or a pattern with * names: {URL: Stat} of each file, of all below a folder; None when that is nothing.
 
@@ -75,7 +101,7 @@ def find(path: str) -> dict[str, Stat] | None:
     """
     files, inner = _filesystem(path)
     with _named(path):
-        if any(sign in inner for sign in "*?["):
+        if is_pattern(inner):
             found = files.glob(inner, detail=True)
         elif files.isfile(inner):
             found = {inner: files.info(inner)}
@@ -107,13 +133,18 @@ def open_read(path: str) -> BinaryIO:
         return files.open(inner, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")
 
 
+def _ask(path: str, what: str) -> Any:
+    """The answer of a remote store's method `what` on a file; None when there is no such file."""
+    files, inner = _filesystem(path)
+    files.invalidate_cache()
+    with _named(path):
+        return getattr(files, what)(inner) if files.isfile(inner) else None
+
+
 def read_bytes(path: str) -> bytes | None:
     """A whole file; None when there is none."""
     if is_remote(path):
-        files, inner = _filesystem(path)
-        files.invalidate_cache()
-        with _named(path):
-            return files.cat_file(inner) if files.isfile(inner) else None
+        return _ask(path, "cat_file")
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
@@ -123,10 +154,7 @@ def read_bytes(path: str) -> bytes | None:
 def size(path: str) -> int | None:
     """Bytes of a file; None when there is none."""
     if is_remote(path):
-        files, inner = _filesystem(path)
-        files.invalidate_cache()
-        with _named(path):
-            return files.size(inner) if files.isfile(inner) else None
+        return _ask(path, "size")
     return os.stat(path).st_size if os.path.isfile(path) else None
 
 
@@ -203,9 +231,14 @@ def staged_files(folder: str) -> Iterator[Path]:
         sync_directory(Path(folder))
 
 
-def write_bytes(path: str, data: bytes) -> None:
+def write_bytes(path: str, data: bytes, durable: bool = False) -> None:
+    """A whole file. durable: it survives a loss of power once this returns (a remote store keeps what it has taken)."""
     with staged(path) as local:
         local.write_bytes(data)
+        if durable:
+            sync_file(local)
+    if durable and not is_remote(path):
+        sync_directory(Path(split(path)[0]))
 
 
 @contextmanager

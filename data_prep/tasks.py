@@ -23,8 +23,8 @@ from fastcpt.data_prep.parts import EXAMPLES, Files, Job, Parts, finished_record
 from fastcpt.data_prep.readers import PieceReader, lines_before
 
 BATCH_BYTES = 4 << 20
-# Every run compares gigatoken with the reference, on documents up to CHECK_BYTES: the first of each task, and CHECK_SHARE
-# of the others, at random.
+# Every run compares gigatoken with the reference, on documents up to CHECK_BYTES: the first `Task.check_first` of each task,
+# and CHECK_SHARE of the others, at random.
 CHECK_BYTES = 64 << 10
 CHECK_SHARE = 0.0002
 
@@ -177,7 +177,6 @@ def _with_eod(ids: np.ndarray, ends: np.ndarray, vocabulary: Vocabulary) -> np.n
 
 
 def _write_batch(batch: list[Entry], tokens: np.ndarray, lengths: np.ndarray, parts: Parts) -> None:
-    ends = np.cumsum(lengths)
     done = 0
     for (tally, name), entries in itertools.groupby(batch, key=lambda entry: (entry.tally, entry.set)):
         sizes = [len(entry.document.data) for entry in entries]
@@ -186,7 +185,7 @@ def _write_batch(batch: list[Entry], tokens: np.ndarray, lengths: np.ndarray, pa
         counts[1] += int(lengths[done : done + len(sizes)].sum())
         counts[2] += sum(sizes)
         done += len(sizes)
-    assert done == len(batch) == len(ends)
+    assert done == len(batch) == len(lengths)
     distinct = sorted({entry.set for entry in batch})
     if len(distinct) == 1:
         parts.write(distinct[0], tokens, lengths)
@@ -199,14 +198,14 @@ def _write_batch(batch: list[Entry], tokens: np.ndarray, lengths: np.ndarray, pa
 
 
 def run_task(task: Task, job: Job) -> dict[str, Any]:
-    """Tokenizes a task's documents, writes its files and then its record, which it returns; only the latter if an
-    earlier run did it.
+    """Tokenizes a task's documents, writes its files and then its record, which it returns with "found": whether an
+    earlier run did all that.
 
     Raises UserError at a document that cannot be used when `job.on_error` is "fail", and when gigatoken and its
     reference differ.
     """
     if (finished := finished_record(task.index, job)) is not None:
-        return finished
+        return {**finished, "found": True}
     encoder, reference, uncovered = _tools(job)
     random = np.random.default_rng(task.index)
     tallies: list[Tally] = []
@@ -238,4 +237,4 @@ def run_task(task: Task, job: Job) -> dict[str, Any]:
         "files": files.record,
     }
     write_record(job, record_file(task.index), record)
-    return record
+    return {**record, "found": False}

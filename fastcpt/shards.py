@@ -15,6 +15,7 @@ at stride T: window i is tokens [iT, iT + T], its first T tokens the input and i
 
 import hashlib
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -230,6 +231,8 @@ def write_manifest(
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Reads and checks a manifest. Raises UserError when `directory` is no set or the manifest was changed."""
     path = directory / MANIFEST
+    if re.match(r"\w+:/", str(directory)):
+        raise UserError(f"{directory}: a URL; copy the set to a disk and name that folder")
     if not path.exists():
         raise UserError(f"{directory}: no {MANIFEST}; make a shard set with `fastcpt prep ... --output {directory}`")
     manifest = read_sealed(path, FORMAT, "the shard set")

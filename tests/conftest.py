@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -167,6 +168,46 @@ def alive_bytes() -> type[Alive]:
     return Alive
 
 
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, but certainly ours."""
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, int], type[BaseException]]:
+    """interrupt(module, name, call) -> what the call-th call of a module's function raises, once."""
+
+    def arm(module: Any, name: str, call: int) -> type[BaseException]:
+        calls, original = [0], getattr(module, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == call:
+                raise Interrupted
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, wrapped)
+        return Interrupted
+
+    return arm
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `tokenizer.json` of byte-level BPE without merges: an id a byte, and one that ends documents."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=257, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
     """run_ranks(script, size, *arguments) -> what each process printed, of `size` processes in one gloo group.
@@ -180,11 +221,14 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
         " rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']))\n"
     )
 
+    # A process that ends with gloo's threads at work may abort.
+    leave = "\nif dist.is_initialized():\n    dist.destroy_process_group()\n"
+
     def run(script: str, size: int, *arguments: Any) -> list[str]:
         store = tmp_path / "store"
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", join + script, str(store), *map(str, arguments)],
+                [sys.executable, "-c", join + script + leave, str(store), *map(str, arguments)],
                 env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"},
                 cwd=tmp_path,
                 stdout=subprocess.PIPE,

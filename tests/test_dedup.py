@@ -20,24 +20,10 @@ from fastcpt.data_prep.pretokenize import prep
 from fastcpt.shards import ShardSet
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=257, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator([], trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(path))
-    return path
-
-
 @pytest.fixture
-def run(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+def run(byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
     monkeypatch.setattr(inputs, "TASK_BYTES", 2000)
-    return functools.partial(prep, tokenizer=str(tokenizer), workers=1, quiet=True, dedup=True)
+    return functools.partial(prep, tokenizer=str(byte_tokenizer), workers=1, quiet=True, dedup=True)
 
 
 def plainly(text: str) -> str:
@@ -76,7 +62,7 @@ def decoded(folder: Path, tokenizer: Path) -> list[str]:
 
 @pytest.mark.parametrize(("rows", "stretch"), [(10**6, 10**6), (37, 20)])
 def test_the_first_of_each_text_is_kept(
-    tmp_path: Path, run: Any, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, rows: int, stretch: int
+    tmp_path: Path, run: Any, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, rows: int, stretch: int
 ) -> None:
     """Within and across files, tasks and key ranges; rejected lines, lengths and counts are exact."""
     monkeypatch.setattr(dedup, "ROWS_AT_ONCE", rows)
@@ -88,7 +74,7 @@ def test_the_first_of_each_text_is_kept(
     (manifest,) = run([str(folder)], output=tmp_path / "out", on_error="skip", shard_tokens=100)
     seen: set[str] = set()
     wanted = [text for text in given if not (plainly(text) in seen or seen.add(plainly(text)))]  # type: ignore[func-returns-value]
-    assert decoded(tmp_path / "out", tokenizer) == wanted and 50 < len(wanted) < 350
+    assert decoded(tmp_path / "out", byte_tokenizer) == wanted and 50 < len(wanted) < 350
     verify(tmp_path / "out", quiet=True)
     assert manifest["text_bytes"] == sum(len(text.encode()) for text in wanted)
     table = pq.read_table(tmp_path / "out" / "ledger.parquet").to_pylist()
@@ -100,39 +86,32 @@ def test_the_first_of_each_text_is_kept(
     assert reasons == {"broken JSON": 1, "duplicate": 90 - len(fresh)} and counted["01.jsonl"]["blank_lines"] == 1
 
 
-def test_across_sets(tmp_path: Path, run: Any, tokenizer: Path) -> None:
+def test_across_sets(tmp_path: Path, run: Any, byte_tokenizer: Path) -> None:
     """A text is in one of the sets: groups and validation included, where its first document goes."""
     given = texts(1, 300)
     sets = run([str(write(tmp_path / "in", 80, given))], output=tmp_path / "out", group_key="group", val_fraction=0.3)
-    kept = [text for manifest in sets for text in decoded(Path(manifest["path"]), tokenizer)]
+    kept = [text for manifest in sets for text in decoded(Path(manifest["path"]), byte_tokenizer)]
     assert sorted(map(plainly, kept)) == sorted(set(map(plainly, given))) and len(sets) == 4
     first = {plainly(text): text for text in reversed(given)}
     for manifest in sets:
         group = Path(manifest["path"]).name.split("-")[1]
-        assert all("gh"[len(text) % 2] == group for text in decoded(Path(manifest["path"]), tokenizer))
+        assert all("gh"[len(text) % 2] == group for text in decoded(Path(manifest["path"]), byte_tokenizer))
     assert sorted(kept) == sorted(first.values())
 
 
-def test_restart_in_each_stage(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [(tasks, "write_record", 2), (dedup, "_rows", 2), (dedup, "_filter", 3), (dedup, "write_record", 2)],
+    ids=["keys", "find", "drop", "dropped"],
+)
+def test_restart_in_each_stage(tmp_path: Path, run: Any, interrupt: Any, module: Any, name: str, call: int) -> None:
     folder = write(tmp_path / "in", 50, texts(2, 300))
     run([str(folder)], output=tmp_path / "whole")
-    wanted = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
-    for number, (module, name, call) in enumerate(
-        [(tasks, "write_record", 2), (dedup, "_rows", 2), (dedup, "_filter", 3), (dedup, "write_record", 2)]
-    ):
-        calls, original = [0], getattr(module, name)
-
-        def stop(*arguments: Any, calls: list[int] = calls, call: int = call, original: Any = original) -> Any:
-            calls[0] += 1
-            if calls[0] == call:
-                raise KeyboardInterrupt
-            return original(*arguments)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, name, stop)
-            run([str(folder)], output=tmp_path / f"out{number}")
-        run([str(folder)], output=tmp_path / f"out{number}", workers=2)
-        assert {file.name: file.read_bytes() for file in (tmp_path / f"out{number}").iterdir()} == wanted, name
+    with pytest.raises(interrupt(module, name, call)):
+        run([str(folder)], output=tmp_path / "out")
+    run([str(folder)], output=tmp_path / "out", workers=2)
+    whole, again = ({file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in ("whole", "out"))
+    assert whole == again
 
 
 def test_ranges_cover_every_key() -> None:

@@ -1,5 +1,6 @@
 """`prep` from end to end: ids against `tokenizers`, pairs against Megatron's reader, exact accounting, restarts."""
 
+import errno
 import functools
 import gzip
 import hashlib
@@ -599,28 +600,6 @@ def test_arguments_out_of_range_are_refused(tmp_path: Path, run: Any, options: d
         run([str(tmp_path)], **{"output": tmp_path / "out"} | options)
 
 
-class Interrupted(Exception):
-    pass
-
-
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, int], None]:
-    """Makes the n-th call of a module's function raise, once."""
-
-    def arm(module: Any, name: str, call: int) -> None:
-        calls, original = [0], getattr(module, name)
-
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == call:
-                raise Interrupted
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(module, name, wrapped)
-
-    return arm
-
-
 STEPS = [
     *[(tasks, "write_record", call) for call in (1, 2, 5)],
     (tasks.Parts, "write", 3),
@@ -648,8 +627,8 @@ def test_restart_after_an_interruption(
     monkeypatch.setattr(inputs, "TASK_BYTES", 1500)
     options = {"val_fraction": 0.3, "shard_tokens": 600}
     run([str(tmp_path / "in")], output=tmp_path / "whole", **options)
-    interrupt(module, name, call)
-    with pytest.raises(Interrupted):
+    stopped = interrupt(module, name, call)
+    with pytest.raises(stopped):
         run([str(tmp_path / "in")], output=tmp_path / "out", **options)
     for path in (tmp_path / "out", tmp_path / "out-val"):
         if path.exists():
@@ -661,8 +640,8 @@ def test_restart_after_an_interruption(
 
 def test_restart_never_overwrites_a_set_that_came_between(tmp_path: Path, run: Any, interrupt: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
-    interrupt(merge.os, "rename", 1)
-    with pytest.raises(Interrupted):
+    stopped = interrupt(merge.os, "rename", 1)
+    with pytest.raises(stopped):
         run([str(path)], output=tmp_path / "out")
     (tmp_path / "out" / "something").mkdir(parents=True)
     with pytest.raises(UserError, match="out: exists already"):
@@ -676,21 +655,24 @@ def test_restart_does_not_repeat_finished_tasks(tmp_path: Path, run: Any, monkey
     corpus(tmp_path / "in")
     monkeypatch.setattr(inputs, "TASK_BYTES", 1500)
     total = len(inputs.make_tasks(inputs.find_inputs([str(tmp_path / "in")])))
-    interrupt(tasks, "write_record", 4)
-    with pytest.raises(Interrupted):
+    stopped = interrupt(tasks, "write_record", 4)
+    with pytest.raises(stopped):
         run([str(tmp_path / "in")], output=tmp_path / "out")
     (tmp_path / "out.partial" / "tasks" / "000001-.tokens").write_bytes(b"cut")  # a record whose parts are not whole
     done: list[int] = []
     original = tasks._documents
     monkeypatch.setattr(tasks, "_documents", lambda task, *rest: done.append(task.index) or original(task, *rest))
+    skipped: list[int] = []
+    monkeypatch.setattr(pretokenize.Meter, "skip", lambda meter, size: skipped.append(size))
     run([str(tmp_path / "in")], output=tmp_path / "out")
     assert total > 5 and done == [1, *range(3, total)]
+    assert len(skipped) == 2  # what was there is no work of this run, and does not count in its speed
 
 
 def test_restart_with_something_changed_is_refused(tmp_path: Path, run: Any, interrupt: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
-    interrupt(tasks, "write_record", 1)
-    with pytest.raises(Interrupted):
+    stopped = interrupt(tasks, "write_record", 1)
+    with pytest.raises(stopped):
         run([str(path)], output=tmp_path / "out")
     for options, what in [
         ({"eod": "<|padding|>"}, "--eod"),
@@ -831,6 +813,17 @@ def test_full_disk_is_an_error_with_a_mend(tmp_path: Path, run: Any, monkeypatch
         with pytest.raises(UserError, match=r"out\.partial: the disk is full"):
             run([str(path)], output=tmp_path / "out")
     run([str(path)], output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+def test_what_the_system_refuses_is_named(number: int) -> None:
+    with (
+        pytest.raises(UserError, match=r"in/a\.jsonl: .*make it accessible.*same command again"),
+        store.disk_errors("w"),
+    ):
+        raise OSError(number, os.strerror(number), "in/a.jsonl")
+    with pytest.raises(OSError), store.disk_errors("w"):
+        raise OSError(errno.EBADF, "a bug")
 
 
 def test_one_line_at_the_end_when_there_is_no_terminal(tmp_path: Path, run: Any, capfd: Any) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tokenizers
 import zstandard
 
 from fastcpt import UserError
@@ -44,27 +43,11 @@ def make_corpus(folder: Path) -> None:
     pq.write_table(pa.table(rows), folder / "c.parquet", row_group_size=9)
 
 
-@pytest.fixture(scope="module")
-def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(WORDS * 3, trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
-
-
 @pytest.fixture
-def run(small_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+def run(byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
     monkeypatch.setattr(inputs, "TASK_BYTES", 900)
     return functools.partial(
-        prep, tokenizer=str(small_tokenizer), quiet=True, on_error="skip", val_fraction=0.2, shard_tokens=900
+        prep, tokenizer=str(byte_tokenizer), quiet=True, on_error="skip", val_fraction=0.2, shard_tokens=900
     )
 
 
@@ -118,7 +101,7 @@ def test_ray_writes_the_bytes_of_a_local_run_though_a_node_is_killed(
         run([str(tmp_path / "in")], output=tmp_path / "failed", engine="ray", on_error="fail")
 
 
-def test_a_node_that_cannot_see_the_output_says_so(tmp_path: Path, small_tokenizer: Path) -> None:
+def test_a_node_that_cannot_see_the_output_says_so(tmp_path: Path, byte_tokenizer: Path) -> None:
     job = pretokenize.Job(str(tmp_path / "elsewhere"), None, "text", None, 0.0, "fail", "gigatoken")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"elsewhere: not to be seen from .*; put --output where all nodes can see it"):
         tasks._tools(job)
@@ -172,7 +155,7 @@ def download(url: str, folder: Path) -> None:
         (local / name).write_bytes(store.read_bytes(address) or b"")
 
 
-def test_s3_holds_the_bytes_of_a_local_run(tmp_path: Path, run: Any, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_holds_the_bytes_of_a_local_run(tmp_path: Path, run: Any, s3: str, interrupt: Any) -> None:
     """Inputs and output there; stopped in the tasks and in the merge, and started again; refused where it must be."""
     make_corpus(tmp_path / "in")
     upload(tmp_path / "in", f"{s3}/corpus")
@@ -180,16 +163,7 @@ def test_s3_holds_the_bytes_of_a_local_run(tmp_path: Path, run: Any, s3: str, mo
     run([str(tmp_path / "in")], output=tmp_path / "local" / "out", workers=1, dedup=True)
     again = functools.partial(run, [f"{s3}/corpus"], output=f"{s3}/sets/out", workers=1, dedup=True)
     for module, name, call in ((tasks, "write_record", 3), (pairs, "write_pair", 2)):
-        calls, original = [0], getattr(module, name)
-
-        def stop(*arguments: Any, calls: list[int] = calls, call: int = call, original: Any = original) -> Any:
-            calls[0] += 1
-            if calls[0] == call:
-                raise KeyboardInterrupt
-            return original(*arguments)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, name, stop)
+        with pytest.raises(interrupt(module, name, call)):
             again()
         assert store.read_bytes(f"{s3}/sets/out/manifest.json") is None
     with pytest.raises(UserError, match=r"out\.partial: holds an unfinished run that differs in --val-fraction"):
@@ -206,6 +180,20 @@ def test_s3_holds_the_bytes_of_a_local_run(tmp_path: Path, run: Any, s3: str, mo
     run([f"{s3}/corpus/*.jsonl", f"{s3}/corpus/b.jsonl.zst", f"{s3}/corpus/c.parquet"], output=tmp_path / "remote" / "out",
         workers=2, dedup=True)  # fmt: skip
     assert tree(tmp_path / "remote" / "out") == tree(tmp_path / "local" / "out")
+
+
+def test_a_set_that_is_there_is_never_written_over(tmp_path: Path, run: Any, s3: str) -> None:
+    """Nor one of its siblings, whose names are known when a document asks for them; and a set is none of its siblings."""
+    make_corpus(tmp_path / "in")
+    options = {"output": f"{s3}/kept/out", "workers": 1, "group_key": "meta.source"}
+    store.write_bytes(f"{s3}/kept/out-web/manifest.json", b"of another run")
+    assert store.has_files(f"{s3}/kept/out-web") and not store.has_files(f"{s3}/kept/out")
+    with pytest.raises(UserError, match="kept/out-web: exists already"):
+        run([str(tmp_path / "in")], **options)
+    assert store.find(f"{s3}/kept/out-web").keys() == {f"{s3}/kept/out-web/manifest.json"}  # type: ignore[union-attr]
+    store.remove_folder(f"{s3}/kept/out-web")
+    names = [store.split(manifest["path"])[1] for manifest in run([str(tmp_path / "in")], **options)]
+    assert names == ["out-books", "out-books-val", "out-web", "out-web-val"]
 
 
 @pytest.mark.parametrize(

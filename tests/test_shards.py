@@ -435,3 +435,8 @@ def test_tokenizer_fingerprint_is_of_what_decides_the_ids() -> None:
     ]
     assert {fingerprint(**changes) for changes in same} == {fingerprint()}
     assert len({fingerprint(), *(fingerprint(**changes) for changes in other)}) == len(other) + 1
+
+
+def test_a_set_on_a_remote_store_has_to_be_copied_first() -> None:
+    with pytest.raises(UserError, match=r"s3:/.*a URL; copy the set to a disk"):
+        ShardSet("s3://bucket/sets/out")
