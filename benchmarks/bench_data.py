@@ -275,7 +275,7 @@ def waiting(path: Path, case: str) -> list[Row]:
             f"{STEP_SECONDS * 1000:g} ms steps of 16 x {SEQ_LEN}, {case}",
             100 * waits / whole,
             "%",
-            "< 0.5",
+            "< 0.1",
         )
     ]
 
