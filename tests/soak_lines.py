@@ -111,7 +111,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(pairs):
         twice = Twice(record)
         twice.keys_twice = {key for key, count in Counter(key for key, _ in pairs).items() if count > 1}
-        _found.append(twice)
         return twice
     return record
 
@@ -120,7 +119,6 @@ def _constant(name: str) -> None:
     raise ValueError(name)
 
 
-_found: list[Twice] = []
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
@@ -129,27 +127,26 @@ def expected(line: bytes, group_key: str | None) -> tuple[bytes, str | None] | s
     line = line.removesuffix(b"\r")
     if not line:
         return BLANK
-    _found.clear()
     try:
         record = _STRICT.decode(line.decode())
     except (ValueError, RecursionError):
         return EITHER if nested(line) else REJECT
     if not isinstance(record, dict):
         return REJECT
-    parts = {"text"} | ({group_key, *group_key.split(".")} if group_key else set())
-    if any(twice.keys_twice & parts for twice in _found):
-        return REJECT
-    text = record.get("text")
+
+    def value_of(key: str) -> Any:
+        """None also when a key that leads there is twice in its object."""
+        value: Any = record
+        for part in [key] if key in record else key.split("."):
+            value = value.get(part) if isinstance(value, dict) and part not in getattr(value, "keys_twice", ()) else None
+        return value
+
+    text = value_of("text")
     if not isinstance(text, str) or not text:
         return REJECT
     group: Any = None
     if group_key is not None:
-        if group_key in record:
-            group = record[group_key]
-        else:
-            group = record
-            for part in group_key.split("."):
-                group = group.get(part) if isinstance(group, dict) else None
+        group = value_of(group_key)
         if not isinstance(group, str) or not 0 < len(group.encode(errors="replace")) <= 100:
             return REJECT
         if group.strip() != group or "/" in group or "\\" in group or not group.isprintable():

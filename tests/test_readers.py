@@ -139,6 +139,39 @@ def test_nested_keys(tmp_path: Path) -> None:
     assert [(reject.reason, reject.line) for reject in bad] == [("missing key", 2)]
 
 
+def test_only_keys_that_are_asked_for_must_occur_once(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        b'{"text": "0", "meta": {"source": "web"}, "id": 1, "id": 2, "other": {"text": "a", "text": "b"}}',
+        b'{"text": "1", "meta": {"source": "web", "source": "books"}}',
+        b'{"text": "2", "meta": {"source": "web", "s\\u006furce": "books"}}',
+        b'{"text": "3", "meta": {"source": "web"}, "meta": {"source": "web"}}',
+        b'{"text": "4", "t\\u0065xt": "x", "meta": {"source": "web"}}',
+        b'{"t\\u0065xt": "5", "text\\u0000": "x", "meta": {"sourc\\u0065": "web"}}',
+        b'{"text": "6", "meta": {"source": "web"}, "meta.source": "books", "meta.source": "books"}',
+        b'{"text": "7", "meta": {"source": "web"}, "n": 1e999, "m": 123456789012345678901234567890}',
+    )
+    good, bad = read(path, "meta.source")
+    assert [(document.data, document.group) for document in good] == [(b"0", "web"), (b"5", "web"), (b"7", "web")]
+    assert [(reject.reason, reject.line) for reject in bad] == [("broken JSON", line) for line in (1, 2, 3, 4, 6)]
+
+
+@pytest.mark.parametrize("key", ["a\0b", "", ".", "a.", "\ud800", "a/b", "~0", "ключ"])
+def test_any_key_can_be_asked_for(tmp_path: Path, key: str) -> None:
+    record: object = "found"
+    for part in reversed(key.split(".")):
+        record = {"a": "wrong", part: record}
+    path = write_lines(tmp_path / "a.jsonl", json.dumps(record).encode())
+    for task in make_tasks(find_inputs([str(path)])):
+        assert [item.data for piece in task.pieces for item in PieceReader(piece, key, None)] == [b"found"]
+
+
+@pytest.mark.parametrize("size", [readers.AT_ONCE_BYTES - 12, readers.AT_ONCE_BYTES - 11])
+def test_long_lines_are_read_by_another_parser_alike(tmp_path: Path, size: int) -> None:
+    line = json.dumps({"text": "é" * (size // 2) + "x" * (size % 2)}, ensure_ascii=False).encode()
+    assert texts(write_lines(tmp_path / "a.jsonl", line)) == [line[10:-2]]
+
+
 @pytest.mark.parametrize(
     "value", ["", " a", "a ", "a/b", "a\\b", "..\\", "a\0", "a\nb", "x" * 101, "\ud800", 5, None, ["a"]]
 )
