@@ -133,9 +133,8 @@ def _ranges(ids: set[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(lows, highs, strict=True))
 
 
-def _without_extras(tokenizer_json: bytes, eod_token: str) -> dict[str, Any]:
+def _without_extras(content: dict[str, Any], eod_token: str) -> dict[str, Any]:
     """The tokenizer as it is used: no padding, no truncation, and the end-of-document token counted as special."""
-    content = json.loads(tokenizer_json)
     tokens = content.get("added_tokens") or []
     tokens = [{**token, "special": token["special"] or token["content"] == eod_token} for token in tokens]
     return {**content, "truncation": None, "padding": None, "added_tokens": tokens}
@@ -187,8 +186,8 @@ class Encoder(Protocol):
 class Reference:
     """The `tokenizers` library, text that spells a special token kept as text."""
 
-    def __init__(self, tokenizer_json: bytes, vocabulary: Vocabulary) -> None:
-        self._tokenizer = _load_reference(_without_extras(tokenizer_json, vocabulary.eod_token))
+    def __init__(self, content: dict[str, Any]) -> None:
+        self._tokenizer = _load_reference(content)
         self._tokenizer.encode_special_tokens = True
 
     def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -209,15 +208,14 @@ class Gigatoken:
     second) whenever the process has grown by CACHE_BYTES.
     """
 
-    def __init__(self, tokenizer_json: bytes, vocabulary: Vocabulary) -> None:
-        content = _without_extras(tokenizer_json, vocabulary.eod_token)
+    def __init__(self, content: dict[str, Any]) -> None:
         if not _is_byte_level(content):
             raise UserError(
                 "tokenizer.json: not byte-level BPE, all that the fast tokenizer is trusted with; "
                 "use --tokenizer-backend tokenizers"
             )
-        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-        self._json = json.dumps(content)
+        plain = [token for token in content["added_tokens"] if not token["special"]]
+        self._json = json.dumps({**content, "added_tokens": plain})
         self._load()
 
     def _load(self) -> None:
@@ -250,20 +248,19 @@ class Tools(NamedTuple):
 @functools.lru_cache(1)
 def make_tools(tokenizer_json: bytes, vocabulary: Vocabulary, backend: Backend) -> Tools:
     """Built once per process and kept. Raises UserError when the tokenizer is beyond the backend."""
-    uncovered = _uncovered_byte(tokenizer_json)
-    reference = Reference(tokenizer_json, vocabulary)
+    content = _without_extras(json.loads(tokenizer_json), vocabulary.eod_token)
+    reference, uncovered = Reference(content), _uncovered_byte(content)
     if backend == "tokenizers":
         return Tools(reference, None, uncovered)
-    return Tools(Gigatoken(tokenizer_json, vocabulary), reference, uncovered)
+    return Tools(Gigatoken(content), reference, uncovered)
 
 
-def _uncovered_byte(tokenizer_json: bytes) -> Callable[[bytes], int | None]:
+def _uncovered_byte(content: dict[str, Any]) -> Callable[[bytes], int | None]:
     """A function from a UTF-8 text to a byte in it that a byte-level vocabulary lacks, or None.
 
     `tokenizers` would drop it in silence (gigatoken does not load such a vocabulary). One that was trained from the
     whole alphabet lacks none.
     """
-    content = json.loads(tokenizer_json)
     vocab = content["model"].get("vocab") or {}
     lacking = [byte for char, byte in _byte_of_char().items() if byte in UTF8_BYTES and char not in vocab]
     if not _is_byte_level(content) or not lacking:

@@ -1,10 +1,13 @@
 """Where tasks run: `with local(workers) as engine:` or `with on_ray(address, workers) as engine:`.
 
 An engine takes a function and tasks, all picklable, and yields the results as they are ready, in any order. It draws a
-task when it has room for one, so that later tasks may follow from earlier results.
+task when it has room for one, so that later tasks may follow from earlier results. The task None says: not before the next
+result, or none if nothing is under way.
 """
 
+import itertools
 import multiprocessing
+import multiprocessing.context
 import os
 import socket
 import threading
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any
 
 from fastcpt import UserError
@@ -20,9 +24,10 @@ Engine = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 RAY_RETRIES = 8  # of a task whose node was lost; each task of a long run may meet a few such losses
 
 
-def _start_worker() -> None:
+def _start_worker(environment: dict[str, str]) -> None:
     """In a new worker: no threads of `tokenizers`, there is a worker a core; and an end when the parent is killed."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.clear()  # what the server was started with may be old
+    os.environ.update(environment, TOKENIZERS_PARALLELISM="false")
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -33,24 +38,45 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+# What every worker needs; gigatoken would import awkward at its first batch.
+_MODULES = ["fastcpt.data_prep.tasks", "awkward"]
+# Of the process that workers are forked from: nothing is imported from the folder where the command runs, and what a batch
+# leaves in memory is there for the next one, not given back to the system page by page.
+_ENVIRONMENT = {"PYTHONSAFEPATH": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+
+def start_server() -> multiprocessing.context.ForkServerContext:
+    """Begins, if nobody has yet, to start the process that workers are forked from. Forked children of a process with
+    threads (Arrow, gigatoken) can hang, so this one has none; it imports once what all of them need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_MODULES)
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context
+
+
 @contextmanager
-def local(workers: int, warm: Callable[[], None] | None = None) -> Iterator[Engine]:
-    """In this process when `workers` is 1, else in that many others, which start at once by calling `warm`.
+def local(workers: int) -> Iterator[Engine]:
+    """In this process when `workers` is 1, else in that many others.
 
     The first error ends all: what is under way is stopped. Raises UserError when a worker is killed.
     """
     pool: ProcessPoolExecutor | None = None
     others = set(multiprocessing.active_children())
-    if workers > 1:
-        # Forked children of a process with threads (Arrow, gigatoken) can hang; multiprocessing.Pool hangs when one dies.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-        if warm is not None:
-            for _ in range(workers):
-                pool.submit(warm)
+    if workers > 1:  # multiprocessing.Pool would hang when a worker dies
+        pool = ProcessPoolExecutor(workers, start_server(), _start_worker, (dict(os.environ),))
 
     def run(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         if pool is None:
-            yield from map(function, tasks)
+            yield from map(function, itertools.takewhile(lambda task: task is not None, tasks))
             return
         waiting = iter(tasks)
         running: set[Future[Any]] = set()

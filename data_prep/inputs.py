@@ -18,6 +18,7 @@ from fastcpt.data_prep.store import Stat
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 # About a third of a second of tokenizing: small enough to share out evenly, large enough for its files to cost nothing.
 TASK_BYTES = 32 << 20
+COMPRESSED_TASK_BYTES = TASK_BYTES // 4  # as long to tokenize
 CHECK_DOCUMENTS = 32  # of a run, shared out among its tasks
 
 
@@ -164,7 +165,8 @@ def make_tasks(inputs: list[Input]) -> list[Task]:
     packs: list[list[Piece]] = [[]]
     weights = [0]
     for piece, size in _pieces(inputs):
-        if packs[-1] and weights[-1] + size > TASK_BYTES:
+        compressed = piece.source.suffix in (".jsonl.gz", ".jsonl.zst")
+        if packs[-1] and weights[-1] + size > (COMPRESSED_TASK_BYTES if compressed else TASK_BYTES):
             packs.append([])
             weights.append(0)
         packs[-1].append(piece)

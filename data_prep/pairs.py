@@ -1,7 +1,8 @@
 """Parts -> pairs: where a set's documents are cut, and who writes which bytes.
 
-A pair on this machine is written in stretches, by many workers at once and while others still tokenize; on a remote store,
-where nothing can be written in pieces, by one worker when all that goes into it is there.
+A pair on this machine is written in stretches, by many workers at once and while others still tokenize; a part all of whose
+tokens are in pairs makes room. On a remote store, where nothing can be written in pieces, a pair is written by one worker
+when all that goes into it is there.
 """
 
 import collections
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastcpt.data_prep import store
-from fastcpt.data_prep.parts import Job, building_folder, refuse_existing, whole_documents
+from fastcpt.data_prep.parts import Job, Places, building_folder, note_moved, refuse_existing, whole_documents
 from fastcpt.integrity import block_hash, sync_directory
 from fastcpt.shards import BLOCK_BYTES, PairWriter, finish_pair
 
@@ -177,6 +178,8 @@ class Pairs:
         self.entries: dict[tuple[str, int], dict[str, Any]] = {}
         self._hashes: dict[tuple[str, int], dict[int, bytes]] = {}
         self._closed: dict[tuple[str, int], tuple[Pair, int]] = {}  # written in so many stretches
+        self._places: dict[str, Places] = {}  # of parts: where their tokens go
+        self._left: dict[str, int] = {}  # tokens of parts that are not there yet
 
     def add(self, record: dict[str, Any]) -> None:
         """The parts of the next task, in task order."""
@@ -184,7 +187,7 @@ class Pairs:
             if name not in self._sets:
                 self._begin(name)
                 self._sets[name] = _Set(building_folder(self._job.work, self._output, name), name)
-            self._cut(self._sets[name], self._job.path(file))
+            self._cut(self._sets[name], file, record.get("moved", {}).get(file))
 
     def _begin(self, name: str) -> None:
         """On a remote store a set is built where it belongs: what is there before its first pair is not this run's.
@@ -200,8 +203,18 @@ class Pairs:
             if each.spans:
                 self._end(each)
 
-    def _cut(self, each: "_Set", part: str) -> None:
+    def _cut(self, each: "_Set", name: str, moved: Places | None) -> None:
+        """The documents of a part into pairs. moved: where its tokens are, if not in the part."""
+        part, size = self._job.path(name), self._job.vocabulary.dtype.itemsize
         ends = np.cumsum(_lengths(part), dtype=np.int64)
+        if moved is None:
+            self._left[name], self._places[name] = int(ends[-1]) if len(ends) else 0, []
+            source = [(part, 0, self._left[name])]
+        else:
+            source = [
+                (store.join(self._job.work, file), first // size, (first + count) // size)
+                for file, first, count in moved
+            ]
         done = 0
         while done < len(ends):
             start = int(ends[done - 1]) if done else 0
@@ -209,12 +222,29 @@ class Pairs:
             if stop == done and not each.filled:
                 stop = done + 1
             if stop > done:
-                each.take(Span(part, (done, stop), (start, int(ends[stop - 1]))))
+                span = Span(part, (done, stop), (start, int(ends[stop - 1])))
+                self._take(each, name, span, source)
                 while each.waiting >= STRETCH_TOKENS:
                     self._stretch(each, STRETCH_TOKENS)
             if stop < len(ends):
                 self._end(each)
             done = max(stop, done)
+
+    def _take(self, each: "_Set", name: str, span: Span, source: list[tuple[str, int, int]]) -> None:
+        count, size = span.tokens[1] - span.tokens[0], self._job.vocabulary.dtype.itemsize
+        if name in self._left and not store.is_remote(each.folder):
+            file = f"sets/{store.split(each.folder)[1]}/shard-{each.index:05d}.bin"
+            self._places[name].append((file, each.filled * size, count * size))
+            if self._is_done(each):
+                self._arrived(name, count)
+        each.take(span, source)
+
+    def _arrived(self, name: str, count: int) -> None:
+        """So many tokens of a part are in their pairs."""
+        self._left[name] -= count
+        if not self._left[name]:
+            note_moved(self._job, name, self._places.pop(name))
+            del self._left[name]
 
     def _is_done(self, each: "_Set") -> bool:
         """Whether an earlier run wrote the pair under way."""
@@ -252,6 +282,9 @@ class Pairs:
         task, value = result
         if isinstance(task, Stretch):
             self._hashes.setdefault((task.folder, task.index), {})[task.offset] = value
+            for part, start, stop in task.tokens:
+                if (name := store.split(part)[1]) in self._left:
+                    self._arrived(name, stop - start)
             self._finish(task.folder, task.index)
         else:
             self.entries[task.folder, task.index] = value
@@ -282,9 +315,15 @@ class _Set:
         self.filled = self.waiting = self.stretches = 0  # tokens, tokens not given yet
         self.done: bool | None = None
 
-    def take(self, span: Span) -> None:
+    def take(self, span: Span, source: list[tuple[str, int, int]]) -> None:
+        """The documents of a span. source: where the tokens of its part are, one piece after another."""
         self.spans.append(span)
-        self._waiting.append((span.part, *span.tokens))
+        first = 0
+        for file, start, stop in source:
+            low, high = max(first, span.tokens[0]), min(first + stop - start, span.tokens[1])
+            if low < high:
+                self._waiting.append((file, start + low - first, start + high - first))
+            first += stop - start
         self.filled += span.tokens[1] - span.tokens[0]
         self.waiting += span.tokens[1] - span.tokens[0]
 

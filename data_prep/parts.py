@@ -4,8 +4,8 @@ A task's record `tasks/000000.json` is written last, so that a task without one 
 """
 
 import contextlib
-import functools
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from fastcpt import UserError
 from fastcpt.data_prep import store
 from fastcpt.data_prep.documents import Document
 from fastcpt.data_prep.encoding import Backend, Vocabulary
-from fastcpt.integrity import block_hash, blocks
+from fastcpt.integrity import block_hash
 
 MAX_SETS = 1000
 EXAMPLES = 10  # places that the ledger keeps for each reason and input; all are counted
@@ -133,20 +133,56 @@ def write_record(job: Job, file: str, record: dict[str, Any]) -> None:
 
 
 def finished_record(task: int, job: Job, kind: str = "") -> dict[str, Any] | None:
-    """The record of a task whose files are all there, as they were written, else None."""
+    """The record of a task whose files are all there, as they were written, else None. Its "moved": {file: places} of
+    those that are in pairs already (`Pairs`)."""
     data = store.read_bytes(job.path(record_file(task, kind)))
     try:
         record = json.loads(data or b"")
     except ValueError:  # cut off by a loss of power
         return None
-    whole = all(_is_whole(job.path(name), *expected) for name, expected in record["files"].items())
-    return record if whole else None
+    record["moved"] = {}
+    for name, (size, crc) in record["files"].items():
+        if store.is_remote(job.work):  # where an object is there as it was uploaded, or not at all
+            if store.size(job.path(name)) != size:
+                return None
+        elif _crc32(job, [(f"tasks/{name}", 0, size)]) != crc:
+            record["moved"][name] = _moved(job, name)
+            if _crc32(job, record["moved"][name]) != crc:
+                return None
+    return record
 
 
-def _is_whole(path: str, size: int, crc: int) -> bool:
-    if store.size(path) != size:
-        return False
-    if store.is_remote(path):  # where an object is there as it was uploaded, or not at all
-        return True
-    with open(path, "rb") as file:
-        return functools.reduce(lambda so_far, block: zlib.crc32(block, so_far), blocks(file, 1 << 20), 0) == crc
+# Where a part's bytes are: (file below the work folder, first byte, bytes) of each piece.
+Places = list[tuple[str, int, int]]
+
+
+def note_moved(job: Job, name: str, places: Places) -> None:
+    """The file's bytes are there now too, and it makes room."""
+    store.write_bytes(job.path(f"{name}.moved"), json.dumps(places).encode())
+    os.unlink(job.path(name))
+
+
+def _moved(job: Job, name: str) -> Places:
+    try:
+        return [
+            (file, start, size) for file, start, size in json.loads(store.read_bytes(job.path(f"{name}.moved")) or b"")
+        ]
+    except ValueError:  # none, or cut off by a loss of power
+        return []
+
+
+def _crc32(job: Job, places: Places) -> int | None:
+    """Of the bytes at these places; None when there are none."""
+    crc = 0 if places else None
+    for name, start, size in places:
+        try:
+            with open(store.join(job.work, name), "rb", buffering=0) as file:
+                file.seek(start)
+                while size:
+                    block = file.read(min(size, 1 << 20))
+                    if not block:
+                        return None
+                    size, crc = size - len(block), zlib.crc32(block, crc or 0)
+        except FileNotFoundError:
+            return None
+    return crc

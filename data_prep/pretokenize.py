@@ -12,11 +12,12 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastcpt import UserError
 from fastcpt.data_prep import dedup, encoding, engines, merge, store
@@ -26,9 +27,12 @@ from fastcpt.data_prep.inputs import Input, Task, find_inputs, make_tasks
 from fastcpt.data_prep.pairs import Ending, Pairs, Stretch, write
 from fastcpt.data_prep.parts import MAX_SETS, Job, building_folder, refuse_existing
 from fastcpt.data_prep.progress import Meter
-from fastcpt.data_prep.tasks import run_task, warm
+from fastcpt.data_prep.tasks import run_task
 from fastcpt.integrity import sha256_json
 from fastcpt.shards import MANIFEST
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def prep(
@@ -72,10 +76,8 @@ def prep(
     if engine == "ray":
         where = engines.on_ray(ray_address, workers)
     else:
-        where = engines.local(min(workers or len(os.sched_getaffinity(0)), len(tasks)), warm)
+        where = engines.local(min(workers or len(os.sched_getaffinity(0)), len(tasks)))
     with store.disk_errors(work), where as run:
-        import pyarrow.parquet  # noqa: F401 (for the ledger; now, while workers load what they need)
-
         vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
         job = Job(work, vocabulary, text_key, group_key, val_fraction, on_error, backend, dedup)
         with owned(work):
@@ -83,8 +85,11 @@ def prep(
             try:
                 if merge.merged(work) is None:
                     pairs = Pairs(job, output, shard_tokens)
-                    records = _run_tasks(tasks, job, run, pairs, quiet)
-                    _merge(sources, records, job, output, tokenizer_json, run, pairs, quiet)
+                    with ThreadPoolExecutor(1) as aside:
+                        records, table = _run_tasks(
+                            tasks, job, run, pairs, lambda records: aside.submit(merge.ledger, sources, records), quiet
+                        )
+                        _merge(records, table.result(), job, output, tokenizer_json, run, pairs, quiet)
                 paths = merge.commit(output, work)
             except UserError:
                 # Without a record there is nothing to go on from, and the inputs may be mended now.
@@ -180,16 +185,27 @@ def _do(task: Any, job: Job) -> Any:
     return run_task(task, job) if isinstance(task, Task) else write(task)
 
 
-def _run_tasks(tasks: list[Task], job: Job, engine: Engine, pairs: Pairs, quiet: bool) -> list[dict[str, Any]]:
-    """The records of all tasks, in task order. Unless there are duplicates to find, what is done is merged meanwhile."""
+def _run_tasks(
+    tasks: list[Task],
+    job: Job,
+    engine: Engine,
+    pairs: Pairs,
+    account: Callable[[list[dict[str, Any]]], Future["pa.Table"]],
+    quiet: bool,
+) -> tuple[list[dict[str, Any]], Future["pa.Table"]]:
+    """The records of all tasks, in task order, and what `account` begins to make of them as soon as they are there.
+    Unless there are duplicates to find, what is done is merged meanwhile."""
     done: dict[int, dict[str, Any]] = {}
     merged = 0
+    table = None
 
     def all_tasks() -> Iterator[Any]:
         for task in tasks:
             while pairs.ready:
                 yield pairs.ready.popleft()
             yield task
+        while True:  # while others still tokenize
+            yield pairs.ready.popleft() if pairs.ready else None
 
     with Meter("tokenize", sum(task.weight for task in tasks), quiet) as meter:
         for result in engine(functools.partial(_do, job=job), all_tasks()):
@@ -205,15 +221,21 @@ def _run_tasks(tasks: list[Task], job: Job, engine: Engine, pairs: Pairs, quiet:
             while not job.dedup and merged in done:
                 pairs.add(done[merged])
                 merged += 1
-    records = [done[task.index] for task in tasks]
-    if job.dedup:
-        records = dedup.remove(records, job, engine)
-        for record in records:
-            pairs.add(record)
-    pairs.close()
+            if merged == len(tasks):
+                pairs.close()
+                records = [done[index] for index in range(merged)]
+                table = account(records)
+    if table is None:
+        records = [done[task.index] for task in tasks]
+        if job.dedup:
+            records = dedup.remove(records, job, engine)
+            for record in records:
+                pairs.add(record)
+            pairs.close()
+        table = account(records)
     if not quiet:
         _summarize(records, meter.speed)
-    return records
+    return records, table
 
 
 def _summarize(records: list[dict[str, Any]], speed: str) -> None:
@@ -232,8 +254,8 @@ def _summarize(records: list[dict[str, Any]], speed: str) -> None:
 
 
 def _merge(
-    sources: list[Input],
     records: list[dict[str, Any]],
+    table: "pa.Table",
     job: Job,
     output: str,
     tokenizer_json: bytes,
@@ -242,7 +264,6 @@ def _merge(
     quiet: bool,
 ) -> None:
     """Builds every set."""
-    table = merge.ledger(sources, records)
     names = merge.set_names(records, job)
     if not names:
         raise UserError(f"not one document has a usable --group-key {job.group_key}, so there is no set to write")

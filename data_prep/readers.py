@@ -88,7 +88,7 @@ def _field(record: dict[str, Any], key: str) -> Any:
 
 def _only(record: Any, key: str, parts: list[str]) -> Any:
     """As `_field`, of an object that the fast parser gives. Raises an error that says nothing if anything is unusual."""
-    if len(parts) > 1 and key in record.keys():
+    if len(parts) > 1 and key in record:
         raise LookupError
     for part in parts:
         if list(record.keys()).count(part) != 1:

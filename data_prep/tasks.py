@@ -29,11 +29,6 @@ CHECK_BYTES = 64 << 10
 CHECK_SHARE = 0.0002
 
 
-def warm() -> None:
-    """Loads in a new worker what every task needs."""
-    import awkward  # noqa: F401 (gigatoken does at its first batch, in a fifth of a second)
-
-
 @functools.lru_cache(1)
 def _tools(job: Job) -> Tools:
     """Built once per process and kept."""

@@ -11,6 +11,10 @@ from fastcpt.config import Count, fields
 
 
 def _prep(arguments: argparse.Namespace) -> int:
+    from fastcpt.data_prep import engines
+
+    if arguments.engine == "local" and arguments.workers != 1:
+        engines.start_server()  # while this process imports the rest
     from fastcpt.data_prep.pretokenize import prep
 
     prep(

@@ -61,10 +61,11 @@ def processes(session: int) -> list[int]:
 
 
 def workers_of(session: int) -> list[int]:
+    """And the process that they are forked from."""
     found = []
     for pid in processes(session):
         try:
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"multiprocessing.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
         except OSError:
             pass

@@ -138,7 +138,9 @@ def expected(line: bytes, group_key: str | None) -> tuple[bytes, str | None] | s
         """None also when a key that leads there is twice in its object."""
         value: Any = record
         for part in [key] if key in record else key.split("."):
-            value = value.get(part) if isinstance(value, dict) and part not in getattr(value, "keys_twice", ()) else None
+            value = (
+                value.get(part) if isinstance(value, dict) and part not in getattr(value, "keys_twice", ()) else None
+            )
         return value
 
     text = value_of("text")

@@ -498,10 +498,9 @@ def test_token_bytes_agree_with_gigatoken(tokenizer_file: Path) -> None:
 def test_memory_of_gigatoken_is_bounded(tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random words, each of which it would keep for ever; the ids do not change when it is loaded anew."""
     raw = tokenizer_file.read_bytes()
-    vocabulary = encoding.read_vocabulary(raw, None, "tokenizer.json")
-    unbounded = encoding.Gigatoken(raw, vocabulary)
+    unbounded = encoding.Gigatoken(json.loads(raw))
     monkeypatch.setattr(encoding, "CACHE_BYTES", 8 << 20)
-    bounded = encoding.Gigatoken(raw, vocabulary)
+    bounded = encoding.Gigatoken(json.loads(raw))
     loads: list[int] = []
     monkeypatch.setattr(bounded, "_load", lambda original=bounded._load: loads.append(1) or original())
     rng = np.random.default_rng(0)
@@ -669,6 +668,64 @@ def test_restart_does_not_repeat_finished_tasks(tmp_path: Path, run: Any, monkey
     assert len(skipped) == 2  # what was there is no work of this run, and does not count in its speed
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "call", "damage"),
+    [
+        (pairs, "note_moved", 3, False),
+        (pairs, "note_moved", 6, True),
+        (pairs, "write_stretch", 4, False),
+        (pairs, "write_stretch", 7, True),
+        (pairs, "end_pair", 1, True),
+        (pairs, "end_pair", 2, False),
+        (merge, "finish_set", 1, False),
+    ],
+    ids=str,
+)
+def test_parts_make_room_when_their_tokens_are_in_pairs(
+    tmp_path: Path, run: Any, monkeypatch: Any, interrupt: Any, module: Any, name: str, call: int, damage: bool
+) -> None:
+    """A restart finds them there; a task whose tokens are not, after a loss of power, is done again."""
+    rng = random.Random(4)
+    write_jsonl(tmp_path / "in.jsonl", [{"text": make_text(rng, rng.randrange(3000))} for _ in range(150)])
+    monkeypatch.setattr(inputs, "TASK_BYTES", 60_000)
+    monkeypatch.setattr(pairs, "STRETCH_TOKENS", 32 << 10)
+    options = {"val_fraction": 0.3, "shard_tokens": 90_000}
+    run([str(tmp_path / "in.jsonl")], output=tmp_path / "whole", **options)
+    with pytest.raises(interrupt(module, name, call)):
+        run([str(tmp_path / "in.jsonl")], output=tmp_path / "out", **options)
+    work = tmp_path / "out.partial"
+    moved = {path.name.removesuffix(".moved"): json.loads(path.read_text()) for path in work.glob("tasks/*.moved")}
+    left = {path.name for path in work.glob("tasks/*.tokens")}
+    assert moved and not moved.keys() & left
+    if name == "finish_set":
+        assert not left
+    again = set()
+    if damage:
+        file, start, size, victim = rng.choice(
+            [
+                (*place, name)
+                for name, places in sorted(moved.items())
+                for place in places
+                if not (
+                    work / "tasks" / f"pair-{place[0][-9:-4]}-{name.partition('-')[2].removesuffix('.tokens')}.json"
+                ).exists()
+            ]
+        )
+        with open(work / file, "r+b") as shard:
+            shard.seek(start + rng.randrange(size))
+            byte = shard.read(1)[0]
+            shard.seek(-1, 1)
+            shard.write(bytes([byte ^ 1]))
+        again.add(int(victim[:6]))
+    recorded = {int(path.stem) for path in work.glob("tasks/??????.json")}
+    done: list[int] = []
+    original = tasks._documents
+    monkeypatch.setattr(tasks, "_documents", lambda task, *rest: done.append(task.index) or original(task, *rest))
+    run([str(tmp_path / "in.jsonl")], output=tmp_path / "out", **options)
+    assert set(done) & recorded == again
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_restart_with_something_changed_is_refused(tmp_path: Path, run: Any, interrupt: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     stopped = interrupt(tasks, "write_record", 1)
@@ -702,6 +759,13 @@ def test_killed_worker_is_reported_at_once() -> None:
     assert time.monotonic() - start < 30
 
 
+def test_workers_have_the_environment_of_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in "12":
+        monkeypatch.setenv("FASTCPT_TEST", value)
+        with engines.local(2) as engine:
+            assert list(engine(os.getenv, ["FASTCPT_TEST", "PYTHONSAFEPATH"])).count(value) == 1
+
+
 def test_error_in_a_worker_stops_the_others_at_once() -> None:
     start = time.monotonic()
     with pytest.raises((TypeError, ValueError)), engines.local(2) as engine:
@@ -709,10 +773,12 @@ def test_error_in_a_worker_stops_the_others_at_once() -> None:
     assert time.monotonic() - start < 30
 
 
-def children(pid: int) -> list[int]:
-    return [
+def descendants(pid: int) -> list[int]:
+    """The processes that a process and its children have started."""
+    own = [
         int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
+    return own + [each for child in own for each in descendants(child)]
 
 
 def test_kill_at_any_moment_and_run_again(tmp_path: Path, run: Any, tokenizer_file: Path) -> None:
@@ -730,12 +796,12 @@ def test_kill_at_any_moment_and_run_again(tmp_path: Path, run: Any, tokenizer_fi
     while not (tmp_path / "out").exists():
         tries += 1
         process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)
-        limit = time.monotonic() + 0.5 + 0.5 * tries
+        limit = time.monotonic() + 0.2 + 0.2 * tries
         while process.poll() is None and time.monotonic() < limit:
             time.sleep(0.01)
         if process.poll() is None:
-            workers = [
-                pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            workers = [  # and what they are forked from
+                pid for pid in descendants(process.pid) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
             ]
             if tries % 2 and workers:
                 os.kill(rng.choice(workers), signal.SIGKILL)
@@ -761,8 +827,10 @@ with local(2) as engine:
     process = subprocess.Popen([sys.executable, "-c", code])
     workers: list[int] = []
     limit = time.monotonic() + 60
-    while len(workers) < 3 and time.monotonic() < limit:  # two, and the tracker of their resources
-        workers = children(process.pid)
+    while (
+        len(workers) < 4 and time.monotonic() < limit
+    ):  # two, what they are forked from, the tracker of their resources
+        workers = descendants(process.pid)
         time.sleep(0.05)
     time.sleep(1)
     process.kill()
