@@ -83,7 +83,10 @@ def local(workers: int) -> Iterator[Engine]:
         while True:
             # Two a worker keep all of them busy; a queue of everything would be in memory twice.
             while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
-                running.add(pool.submit(function, task))
+                try:
+                    running.add(pool.submit(function, task))
+                except (EOFError, OSError) as error:  # as it starts a worker: what that is forked from was killed
+                    raise BrokenProcessPool from error
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)

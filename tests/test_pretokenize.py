@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -757,6 +758,18 @@ def test_killed_worker_is_reported_at_once() -> None:
     with pytest.raises(UserError, match=r"killed.*memory.*same command again"), engines.local(2) as engine:
         list(engine(signal.raise_signal, [signal.SIGKILL, signal.SIGKILL]))
     assert time.monotonic() - start < 30
+
+
+def test_killed_server_of_workers_is_reported_and_another_started() -> None:
+    with pytest.raises(UserError, match=r"killed.*same command again"), engines.local(2) as engine:
+        (server,) = [
+            pid for pid in descendants(os.getpid()) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        os.kill(server, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (server, signal.SIGKILL)).start()
+        list(engine(abs, [1, 2]))
+    with engines.local(2) as engine:
+        assert sorted(engine(abs, [-1, -2])) == [1, 2]
 
 
 def test_workers_have_the_environment_of_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
