@@ -185,9 +185,11 @@ def trial(rng: random.Random, folder: Path, prepared: Prepared) -> Counter[str]:
         assert alone, f"processes live on after a kill of the {outcome}"
         tally += Counter([f"kill of {outcome}", f"kill {stage}"] if outcome != "too late" else [outcome])
         tally["kills"] += outcome != "too late"
-        if process.returncode == 0:
+        # Killed on its way out, a command has done all: it would refuse to write over that.
+        finished = process.returncode == 0 or (output.exists() and not output.with_name("out.partial").exists())
+        if finished:
             break
-    if process.returncode != 0:
+    if not finished:
         process = start(prepared, output, variant, rng.randint(1, 3))
         try:
             code = process.wait(SECONDS / 3)
