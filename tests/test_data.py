@@ -450,7 +450,7 @@ def test_a_seek_finds_what_reading_on_finds(
         return Mixture(sets, build_phases(sets, PLANS[name]), SEQ_LEN, seed=5)
 
     for start in (0, 10**9):
-        monkeypatch.setattr(data, "FEW", -1)
+        monkeypatch.setattr(data, "FEW", 0)
         whole = mixture()
         whole.locate(start, 1)
         expected = whole.locate(start, 700)
