@@ -30,9 +30,9 @@ def read_sums(prefix: Path, pair: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
 
 
 class BlockFile:
-    """A file of `size` bytes. Call `check` once a batch, `read_into` for each piece, `release` when many pages were mapped.
+    """A file of `size` bytes. Call `check` once a batch, `read` for each piece, `release` when many pages were mapped.
 
-    reader: "mmap" copies out of a mapping, and compares each block with its hash when it is first touched; "pread"
+    reader: "mmap" gives views of a mapping, and compares each block with its hash when it is first touched; "pread"
     reads with system calls and compares nothing. hashes: returns those of all blocks, (blocks,) uint64; called once,
     at the first touch. After it 9 bytes are kept for each block of 64 KiB.
     """
@@ -62,41 +62,40 @@ class BlockFile:
             self._map = mmap.mmap(self._descriptor, self.size, prot=mmap.PROT_READ)
             self._view = memoryview(self._map)
 
-    def read_into(self, out: memoryview, offset: int) -> None:
-        """Fills `out` with the bytes from `offset` on. Raises DamagedError if one of their blocks is not as recorded."""
-        stop = offset + len(out)
+    def read(self, offset: int, count: int) -> bytes | memoryview:
+        """`count` bytes from `offset` on, fewer at the end of the file. Raises DamagedError unless their blocks are as
+        recorded."""
+        stop = min(offset + count, self.size)
         if self._map is None:
-            self._pread(out, offset)
-            return
-        for index in range(offset // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES + 1):
-            if not self._checked[index]:
-                self._check_block(index)
-        out[:] = self._view[offset:stop]
+            return self._pread(offset, stop)
+        while (index := self._checked.find(0, offset // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES + 1)) >= 0:
+            self._check_block(index)
+        return self._view[offset:stop]
 
     def _check_block(self, index: int) -> None:
         start = index * BLOCK_BYTES
         # Not through the mapping: a sector that cannot be read is then an error with a name, and not the signal SIGBUS.
-        block = memoryview(bytearray(min(BLOCK_BYTES, self.size - start)))
-        self._pread(block, start)
+        block = self._pread(start, min(start + BLOCK_BYTES, self.size))
         check_block(self.path, start, block, int(self._hashes[index]))
         self._checked[index] = 1
 
-    def _pread(self, out: memoryview, offset: int) -> None:
+    def _pread(self, start: int, stop: int) -> bytes:
         assert self._descriptor is not None
-        done = 0
-        while done < len(out):
+        data = b""
+        while (at := start + len(data)) < stop:
             try:
-                count = os.preadv(self._descriptor, [out[done:]], offset + done)
+                more = os.pread(self._descriptor, stop - at, at)
             except OSError as error:
                 raise DamagedError(
-                    f"{self.path}: bytes {offset + done:,} to {offset + len(out):,} cannot be read ({error.strerror}); "
+                    f"{self.path}: bytes {at:,} to {stop:,} cannot be read ({error.strerror}); "
                     "restore the file from a copy"
                 ) from None
-            if count == 0:
+            if not more:
                 raise DamagedError(
-                    f"{self.path}: ends at {offset + done:,} bytes, it had {self.size:,}; it was changed under the run"
+                    f"{self.path}: ends at {at:,} bytes, it had {self.size:,}; it was changed under the run"
                 )
-            done += count
+            data += more
+        return data
 
     def release(self) -> None:
         """Used pages leave this process (they stay in the system's cache), so resident memory stays flat."""
@@ -104,8 +103,5 @@ class BlockFile:
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def __del__(self) -> None:
-        self._view.release()
-        if self._map is not None:
-            self._map.close()
         if self._descriptor is not None:
             os.close(self._descriptor)

@@ -16,27 +16,28 @@ The permutation is a balanced Feistel network over the smallest even number of b
 import bisect
 import hashlib
 import heapq
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from fastcpt import UserError
-from fastcpt.shards import ShardSet
+from fastcpt.shards import ShardSet, joined
 
 MILLION = 1_000_000
 ROUNDS = 8
+MASK_64 = 2**64 - 1
+FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 # As arrays of no dimension, which numpy uses sooner than its scalars.
-MIX = [
-    (np.array(30, np.uint64), np.array(0xBF58476D1CE4E5B9, np.uint64)),
-    (np.array(27, np.uint64), np.array(0x94D049BB133111EB, np.uint64)),
-]
+MIX = [(np.array(shift, np.uint64), np.array(factor, np.uint64)) for shift, factor in zip((30, 27), FACTORS)]
 LAST_SHIFT = np.array(31, np.uint64)
-FEW = 8  # below so many values plain integers are faster than numpy
-PLACED = 512  # samples whose places are computed at once: numpy takes about as long for one as for a hundred
+FEW = 8  # up to so many values plain integers are faster than numpy
+PLACED = 8192  # samples whose places are computed at once: numpy takes ten times as long for them as for ten
+AHEAD = 2  # batches that wait for the loop, so that a slow one is no gap
 
 
 def _mix(values: np.ndarray) -> None:
@@ -53,59 +54,51 @@ class Permutation:
     def __init__(self, size: int, key: Sequence[Any]) -> None:
         assert 0 < size < 2**62
         self.size = size
-        half = max(1, -(-(size - 1).bit_length() // 2))
-        self.half, self.mask = np.array(half, np.uint64), np.array((1 << half) - 1, np.uint64)
+        self.half = max(1, -(-(size - 1).bit_length() // 2))
+        self.mask = (1 << self.half) - 1
         digest = hashlib.shake_256(repr(tuple(key)).encode()).digest(8 * ROUNDS)
-        self.keys = [np.asarray(key) for key in np.frombuffer(digest, "<u8")]
+        self.keys = np.frombuffer(digest, "<u8").tolist()
+        self._arrays = [np.array(value, np.uint64) for value in (self.half, self.mask, *self.keys)]
 
     def __call__(self, indexes: np.ndarray) -> np.ndarray:
         """indexes (n,) in [0, size) -> (n,) uint64, each of [0, size)."""
-        values = _feistel(np.asarray(indexes, np.uint64), self.half, self.mask, self.keys)
-        while (outside := values >= self.size).any():
-            values[outside] = _feistel(values[outside], self.half, self.mask, self.keys)
+        values = self._network(np.asarray(indexes, np.uint64))
+        while len(outside := np.flatnonzero(values >= self.size)) > FEW:
+            values[outside] = self._network(values[outside])
+        for place in outside.tolist():
+            values[place] = self._walk(int(values[place]))
         return values
 
-    def walk(self, value: int) -> int:
-        """Where the cycle-walk that is at `value` ends: the same as `__call__` in plain integers, fast for one."""
-        half, mask, keys = int(self.half), int(self.mask), [int(key) for key in self.keys]
+    def one(self, index: int) -> int:
+        """The image of one index, in plain integers."""
+        return self._walk(self._step(index))
+
+    def _walk(self, value: int) -> int:
         while value >= self.size:
-            left, right = value >> half, value & mask
-            for key in keys:
-                mixed = right ^ key
-                for shift, factor in MIX:
-                    mixed = (mixed ^ mixed >> int(shift)) * int(factor) & (1 << 64) - 1
-                left, right = right, left ^ (mixed ^ mixed >> int(LAST_SHIFT)) & mask
-            value = left << half | right
+            value = self._step(value)
         return value
 
+    def _step(self, value: int) -> int:
+        """`_network` of one value."""
+        left, right = value >> self.half, value & self.mask
+        for key in self.keys:
+            mixed = right ^ key
+            mixed = (mixed ^ mixed >> 30) * FACTORS[0] & MASK_64
+            mixed = (mixed ^ mixed >> 27) * FACTORS[1] & MASK_64
+            left, right = right, left ^ (mixed ^ mixed >> 31) & self.mask
+        return left << self.half | right
 
-def _feistel(
-    values: np.ndarray, half: np.ndarray, mask: np.ndarray, keys: Sequence[np.ndarray] | np.ndarray
-) -> np.ndarray:
-    """(n,) uint64 -> (n,) uint64. half, mask and each of the keys: () uint64 for all values, or (n,) one for each."""
-    left, right = values >> half, values & mask
-    for key in keys:
-        mixed = right ^ key
-        _mix(mixed)
-        mixed &= mask
-        mixed ^= left
-        left, right = right, mixed
-    return (left << half) | right
-
-
-def permuted(permutations: Sequence[Permutation], which: np.ndarray, indexes: np.ndarray) -> np.ndarray:
-    """permutations[which[i]] of indexes[i], (n,) uint64: of several as fast as of one, for small n."""
-    half, mask, size = (
-        np.array([getattr(permutation, name) for permutation in permutations], np.uint64)[which]
-        for name in ("half", "mask", "size")
-    )
-    keys = np.array([permutation.keys for permutation in permutations]).T[:, which]
-    values = _feistel(np.asarray(indexes, np.uint64), half, mask, keys)
-    while len(outside := np.flatnonzero(values >= size)) > FEW:
-        values[outside] = _feistel(values[outside], half[outside], mask[outside], keys[:, outside])
-    for place in outside.tolist():
-        values[place] = permutations[which[place]].walk(int(values[place]))
-    return values
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        """(n,) uint64 of the network's domain -> (n,) uint64 of it."""
+        half, mask, *keys = self._arrays
+        left, right = values >> half, values & mask
+        for key in keys:
+            mixed = right ^ key
+            _mix(mixed)
+            mixed &= mask
+            mixed ^= left
+            left, right = right, mixed
+        return (left << half) | right
 
 
 class Quotas:
@@ -137,6 +130,16 @@ class Quotas:
             taken = (2 * number * weight + whole) // (2 * whole)
             stack += [(left, taken), (right, number - taken)]
         return counts
+
+    def one(self, index: int) -> tuple[int, int]:
+        """`locate` of one sample, in plain integers."""
+        node = self._tree
+        while not isinstance(node, int):
+            weight, left, whole, right = node
+            before = (2 * index * weight + whole) // (2 * whole)
+            taken = (2 * (index + 1) * weight + whole) // (2 * whole) > before
+            node, index = (left, before) if taken else (right, index - before)
+        return node, index
 
     def locate(self, indexes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers (n,) int64 below 2^42 -> (the branch of each, its number within the branch), (n,) int64."""
@@ -205,7 +208,8 @@ class Mixture:
         self._quotas = [Quotas([source.weight for source in phase.sources]) for phase in self.phases]
         self._permutations: dict[tuple[str, int], Permutation] = {}
         self._firsts = [phase.first for phase in self.phases]
-        self._placed = lru_cache(4)(self._place)  # the thread that reads is a step ahead of the one that trains
+        self._placed = lru_cache(8)(self._place)  # the thread that reads is ahead of the one that trains
+        self._last = -PLACED  # where the last request started
         for phase in self.phases:
             content = [source.fingerprint for source in phase.sources]
             if len(set(content)) < len(content):
@@ -221,30 +225,43 @@ class Mixture:
                     f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1"
                 )
 
-    def _place(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples [block, block + 1) * PLACED of a phase, as if it never ended -> what `_places` returns of them."""
-        branches, indexes = self._quotas[phase].locate(np.arange(block * PLACED, (block + 1) * PLACED))
-        numbers, positions, which = np.empty_like(branches), np.empty_like(branches), np.empty_like(branches)
-        permutations: list[Permutation] = []
-        for branch in set(branches.tolist()):
-            source, own = self.phases[phase].sources[branch], np.flatnonzero(branches == branch)
-            size = self.sets[source.name].num_windows(self.seq_len)
-            epochs, positions[own] = np.divmod(source.start + indexes[own], size)
+    def _place(self, phase: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples [start, start + count) of a phase, as if it never ended -> what `_places` returns of them."""
+        sources, quotas, names = self.phases[phase].sources, self._quotas[phase], list(self.sets)
+        sizes = [self.sets[source.name].num_windows(self.seq_len) for source in sources]
+        numbers, windows = np.empty(count, np.int64), np.empty(count, np.int64)
+        if count <= FEW:
+            for place in range(count):
+                branch, index = quotas.one(start + place)
+                epoch, position = divmod(sources[branch].start + index, sizes[branch])
+                numbers[place] = names.index(sources[branch].name)
+                windows[place] = self._permutation(sources[branch], epoch, sizes[branch]).one(position)
+            return numbers, windows
+        branches, indexes = quotas.locate(np.arange(start, start + count))
+        for branch, (source, size) in enumerate(zip(sources, sizes)):
+            own = np.flatnonzero(branches == branch)
+            numbers[own] = names.index(source.name)
+            epochs, positions = np.divmod(source.start + indexes[own], size)
             for epoch in set(epochs.tolist()):
-                which[own[epochs == epoch]] = len(permutations)
-                permutations.append(self._permutation(source, epoch, size))
-            numbers[own] = list(self.sets).index(source.name)
-        return numbers, permuted(permutations, which, positions).astype(np.int64)
+                now = epochs == epoch
+                windows[own[now]] = self._permutation(source, epoch, size)(positions[now])
+        return numbers, windows
 
     def _places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples [first, first + count) -> (place of each one's source in `sets`, its window), (count,) int64."""
+        # Who reads on, alone or as one of several processes, is given of a block; who seeks waits for what he asks alone.
+        reads_on = abs(first - self._last) < PLACED
+        self._last = first
         parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
         while count:
             phase = bisect.bisect_right(self._firsts, first) - 1
-            block, skipped = divmod(first - self._firsts[phase], PLACED)
+            start = first - self._firsts[phase]
             end = self._firsts[phase + 1] if phase + 1 < len(self._firsts) else first + count
-            taken = min(count, end - first, PLACED - skipped)
-            numbers, windows = self._placed(phase, block)
+            taken, skipped = min(count, end - first), 0
+            if reads_on:
+                skipped = start % PLACED
+                taken = min(taken, PLACED - skipped)
+            numbers, windows = self._placed(phase, start - skipped, PLACED if reads_on else taken)
             parts.append((numbers[skipped : skipped + taken], windows[skipped : skipped + taken]))
             first, count = first + taken, count - taken
         if len(parts) == 2:
@@ -271,12 +288,13 @@ class Mixture:
     def windows(self, first: int, count: int) -> np.ndarray:
         """Samples [first, first + count) -> tokens (count, seq_len + 1), uint16 or int32."""
         numbers, windows = self._places(first, count)
-        out = np.empty((count, self.seq_len + 1), next(iter(self.sets.values())).dtype)
+        pieces: list[bytes | memoryview] = [b""] * count
         for number, shard_set in enumerate(self.sets.values()):
             rows = np.flatnonzero(numbers == number)
             if len(rows):
-                shard_set.read(out, rows.tolist(), windows[rows])
-        return out
+                for row, piece in zip(rows.tolist(), shard_set.pieces(windows[rows], self.seq_len)):
+                    pieces[row] = piece
+        return joined(pieces, self.seq_len, next(iter(self.sets.values())).dtype)
 
     def seen(self, samples: int) -> dict[str, int]:
         """Samples that each source, by fingerprint, has given before sample number `samples`."""
@@ -310,21 +328,36 @@ def batches(
     world: int,
     ready: Callable[[np.ndarray], Any] = lambda windows: windows,
 ) -> Iterator[Any]:
-    """This process's windows for each of `steps` steps from sample `first` on, read one step ahead on a thread.
+    """This process's windows for each of `steps` steps from sample `first` on, read AHEAD steps ahead on a thread.
 
     A step takes the next `batch` samples; process r of W takes the part [r batch / W, (r + 1) batch / W) of them, so
     what a step sees does not depend on W. ready: what the thread makes of the windows, (n, seq_len + 1), at the end.
     """
     low, high = rank * batch // world, (rank + 1) * batch // world
+    # Not an executor: what it does for each call would take several times as long as fetching what lies ready.
+    asked: SimpleQueue[int | None] = SimpleQueue()
+    read: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
-    def read(step: int) -> Any:
-        return ready(mixture.windows(first + step * batch + low, high - low))
+    def serve() -> None:
+        while (step := asked.get()) is not None:
+            try:
+                read.put((ready(mixture.windows(first + step * batch + low, high - low)), None))
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised in the loop
+                read.put((None, error))
 
-    with ThreadPoolExecutor(1, thread_name_prefix="data") as reader:
-        ahead = reader.submit(read, 0) if steps else None
-        for step in range(1, steps + 1):
-            assert ahead is not None
-            current = ahead.result()
-            if step < steps:
-                ahead = reader.submit(read, step)
-            yield current
+    # A daemon: a loop that ends with an error may never close this generator, and the process must end all the same.
+    reader = threading.Thread(target=serve, name="data", daemon=True)
+    reader.start()
+    try:
+        for step in range(min(AHEAD, steps)):
+            asked.put(step)
+        for step in range(steps):
+            windows, error = read.get()
+            if error is not None:
+                raise error
+            if step + AHEAD < steps:
+                asked.put(step + AHEAD)
+            yield windows
+    finally:
+        asked.put(None)
+        reader.join()

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -245,6 +245,11 @@ def _hashes(prefix: Path, pair: dict[str, Any]) -> np.ndarray:
     return read_sums(prefix, pair)[0]
 
 
+def joined(pieces: Sequence[bytes | memoryview], seq_len: int, dtype: np.dtype) -> np.ndarray:
+    """What `ShardSet.pieces` found of n windows -> tokens (n, seq_len + 1). One copy, without a loop of ours."""
+    return np.frombuffer(bytearray().join(pieces), dtype).reshape(len(pieces), seq_len + 1)
+
+
 class ShardSet:
     """A shard set, opened in milliseconds whatever its size. `len(set)` is its number of tokens.
 
@@ -297,41 +302,39 @@ class ShardSet:
 
     def windows(self, indexes: np.ndarray, seq_len: int) -> np.ndarray:
         """indexes (n,) integer -> tokens (n, seq_len + 1) of the set's dtype. Raises as `read`."""
-        out = np.empty((len(indexes), seq_len + 1), self.dtype)
-        self.read(out, range(len(indexes)), indexes)
-        return out
+        return joined(self.pieces(indexes, seq_len), seq_len, self.dtype)
 
-    def read(self, out: np.ndarray, rows: Iterable[int], indexes: np.ndarray) -> None:
-        """Window indexes[i] -> row rows[i] of out, (n, T + 1) of the set's dtype, contiguous.
+    def pieces(self, indexes: np.ndarray, seq_len: int) -> list[bytes | memoryview]:
+        """The bytes of each window, for `joined`, which is where those of mapped files are copied.
 
         Raises DamagedError when a file that is needed has changed size since the set was opened, and with the reader
         "mmap" when a block that is touched for the first time differs from its hash.
         """
-        size = out.itemsize
-        row_bytes, stride = size * out.shape[1], size * (out.shape[1] - 1)
-        flat = out.reshape(-1).view(np.uint8).data
+        if self._touched > RELEASE_BYTES:
+            for pair in self._used:
+                self._files[pair].release()
+            self._used, self._touched = set(), 0
+        stride = seq_len * self.dtype.itemsize
+        size = stride + self.dtype.itemsize
         used: set[int] = set()
-        for row, index in zip(rows, indexes.tolist()):
-            at, stop, position = row * row_bytes, (row + 1) * row_bytes, index * stride
-            assert 0 <= position and position + row_bytes <= self._bytes[-1]
+        pieces = []
+        for index in indexes.tolist():
+            position, left, parts = index * stride, size, []
+            assert 0 <= position <= self._bytes[-1] - size
             pair = bisect_right(self._bytes, position) - 1
-            while at < stop:  # a window may lie in several pairs
-                count = min(stop - at, self._bytes[pair + 1] - position)
+            while left:  # a window may lie in several pairs
+                count = min(left, self._bytes[pair + 1] - position)
                 if count:
                     file, offset = self._files[pair], position - self._bytes[pair]
                     if pair not in used:
                         file.check(offset)
                         used.add(pair)
-                    file.read_into(flat[at : at + count], offset)
-                at += count
-                position += count
-                pair += 1
+                    parts.append(file.read(offset, count))
+                position, left, pair = position + count, left - count, pair + 1
+            pieces.append(parts[0] if len(parts) == 1 else b"".join(parts))
         self._used |= used
-        self._touched += len(indexes) * (row_bytes + 2 * BLOCK_BYTES)
-        if self._touched > RELEASE_BYTES:
-            for pair in self._used:
-                self._files[pair].release()
-            self._used, self._touched = set(), 0
+        self._touched += len(indexes) * (size + 2 * BLOCK_BYTES)
+        return pieces
 
     def document_lengths(self) -> Iterator[np.ndarray]:
         """(D,) int32 of each pair in order: the tokens of each document, end-of-document token included."""

@@ -108,13 +108,13 @@ def test_the_bench_from_end_to_end(small: None, tmp_path: Path, capsys: pytest.C
 
 def test_what_is_wrong_is_not_timed(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_data, "milliseconds", lambda _: pytest.fail("timed"))
-    read = ShardSet.read
+    pieces = ShardSet.pieces
 
-    def wrong(self: ShardSet, out: np.ndarray, rows: Any, indexes: np.ndarray) -> None:
-        read(self, out, rows, indexes)
-        out[-1, -1] ^= 1
+    def wrong(self: ShardSet, indexes: np.ndarray, seq_len: int) -> list[bytes]:
+        *others, last = map(bytes, pieces(self, indexes, seq_len))
+        return [*others, last[:-1] + bytes([last[-1] ^ 1])]
 
-    monkeypatch.setattr(ShardSet, "read", wrong)
+    monkeypatch.setattr(ShardSet, "pieces", wrong)
     with pytest.raises(AssertionError, match="wrong and is not timed"):
         bench_data.main(tmp_path)
     assert not list(tmp_path.iterdir())

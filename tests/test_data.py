@@ -23,7 +23,6 @@ from fastcpt.data import (
     batches,
     evaluation_windows,
     parts_per_million,
-    permuted,
 )
 from fastcpt.shards import ShardSet
 
@@ -429,17 +428,47 @@ def test_arrays_are_located_as_single_samples_are(count: int) -> None:
         indexes = np.concatenate((np.arange(257), far, far + 1, [2**42 - 1, 2**42 - 1]))
         generator.shuffle(indexes)
         branches, numbers = quotas.locate(indexes)
-        assert list(zip(branches.tolist(), numbers.tolist())) == [scalar_locate(quotas, i) for i in indexes.tolist()]
+        expected = [scalar_locate(quotas, i) for i in indexes.tolist()]
+        assert list(zip(branches.tolist(), numbers.tolist())) == [quotas.one(i) for i in indexes.tolist()] == expected
     assert [each.shape for each in quotas.locate(np.empty(0, np.int64))] == [(0,), (0,)]
 
 
-def test_several_permutations_at_once() -> None:
-    generator = np.random.default_rng(0)
-    made = [Permutation(size, ("at once", size)) for size in (1, 2, 5, 1000, 4097, 2**40 + 1)]
-    which = generator.integers(0, len(made), 500)
-    indexes = generator.integers(0, [made[number].size for number in which])
-    expected = [int(made[number](np.array([index]))[0]) for number, index in zip(which, indexes)]
-    assert permuted(made, which, indexes).tolist() == expected
+@pytest.mark.parametrize("size", [*SIZES, 2**40 + 1, 2**62 - 1])
+def test_one_image_is_that_of_the_array(size: int) -> None:
+    permutation = Permutation(size, ("one", size))
+    indexes = np.unique(np.random.default_rng(size).integers(0, size, 200))
+    assert [permutation.one(index) for index in indexes.tolist()] == permutation(indexes).tolist()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_seek_finds_what_reading_on_finds(
+    sets: dict[str, ShardSet], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few samples are placed with integers, more with numpy; both over ends of phases and epochs, near and far."""
+
+    def mixture() -> Mixture:
+        return Mixture(sets, build_phases(sets, PLANS[name]), SEQ_LEN, seed=5)
+
+    for start in (0, 10**9):
+        monkeypatch.setattr(data, "FEW", 0)
+        whole = mixture()
+        whole.locate(start, 1)
+        expected = whole.locate(start, 700)
+        monkeypatch.undo()
+        for count in (1, 2, data.FEW, data.FEW + 1, 50):
+            for first in range(0, 650, 31):
+                assert mixture().locate(start + first, count) == expected[first : first + count]
+
+
+def test_a_seek_places_no_more_than_it_asks_for(sets: dict[str, ShardSet], monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = []
+    real = Mixture._place
+    monkeypatch.setattr(Mixture, "_place", lambda self, *of: placed.append(of) or real(self, *of))
+    mixture = Mixture(sets, [phase(0, sets, WEIGHTS)], SEQ_LEN, seed=5)
+    for first in (10**6, 10**6 + 20, 10**6 + 3, 0):
+        mixture.windows(first, 3)
+    start = 10**6 // data.PLACED * data.PLACED
+    assert placed == [(0, 10**6, 3), (0, start, data.PLACED), (0, 0, 3)]
 
 
 @pytest.mark.parametrize("name", PLANS)

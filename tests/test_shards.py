@@ -245,7 +245,7 @@ def test_a_sector_that_cannot_be_read_is_named(tmp_path: Path, reader: Any, monk
     def fails(*_: Any) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "preadv", fails)
+    monkeypatch.setattr(os, "pread", fails)
     with pytest.raises(
         DamagedError, match=r"shard-00000\.bin: bytes [\d,]+ to [\d,]+ cannot be read \(Input/output error\)"
     ):
