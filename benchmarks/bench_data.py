@@ -220,16 +220,17 @@ def throughput(sets: Sequence[ShardSet], batch: int, seq_len: int) -> list[Row]:
         "fastcpt, mmap, int64 inputs and targets": lambda: widened(mapped()),
         "nanoGPT get_batch": lambda: nanogpt(file, batch, seq_len),
     }
-    medians = {name: statistics.median(times) for name, times in in_turns(calls).items()}
+    # Not the medians: what is done once for many batches would be in none of them.
+    means = {name: statistics.fmean(times) for name, times in in_turns(calls).items()}
     case = f"{batch} x {seq_len}"
     rows = [
-        Row("tokens a second a core", f"{case}, {name}", batch * seq_len / median * 1000, "tokens/s")
-        for name, median in medians.items()
+        Row("tokens a second a core", f"{case}, {name}", batch * seq_len / mean * 1000, "tokens/s")
+        for name, mean in means.items()
     ]
-    for name in list(medians)[:3]:
+    for name in list(means)[:3]:
         target = "" if "int64" in name else ">= 5"
         rows.append(
-            Row("nanoGPT's time to ours", f"{case}, {name}", medians["nanoGPT get_batch"] / medians[name], "x", target)
+            Row("nanoGPT's time to ours", f"{case}, {name}", means["nanoGPT get_batch"] / means[name], "x", target)
         )
     return rows
 

@@ -41,16 +41,25 @@ TARGETS = {BARE: 1 / 1.5, "tokenizers": 10.0, "megatron": 10.0, "nanogpt": 1.0, 
 INEXACT = {"nanogpt"}
 # Of the files of a format, what the slow rivals are given; a rate is compared, and .jsonl says the most.
 SHARES = {"jsonl": 1.0, "jsonl.zst": 0.25}
-# Starts a command and writes its seconds, CPU seconds and KiB of memory. A process of its own, because the peak of a child
-# counts what its parent held when it forked.
+# Starts a command and writes its seconds, and the CPU seconds and KiB of memory of all its processes, those that outlive it
+# for a moment included (prctl 36: orphans become ours). A process of its own, because the peak of a child counts what its
+# parent held when it forked.
 LAUNCHER = """
-import json, os, subprocess, sys, time
+import ctypes, json, os, subprocess, sys, time
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 begin = time.perf_counter()
 process = subprocess.Popen(sys.argv[2:])
-_, status, usage = os.wait4(process.pid, 0)
-process.returncode = os.waitstatus_to_exitcode(status)
+seconds, cpu, peak = None, 0.0, 0
+while True:
+    try:
+        pid, status, usage = os.wait4(-1, 0)
+    except ChildProcessError:
+        break
+    if pid == process.pid:
+        seconds, process.returncode = time.perf_counter() - begin, os.waitstatus_to_exitcode(status)
+    cpu, peak = cpu + usage.ru_utime + usage.ru_stime, max(peak, usage.ru_maxrss)
 with open(sys.argv[1], "w") as file:
-    json.dump([time.perf_counter() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss], file)
+    json.dump([seconds, cpu, peak], file)
 sys.exit(process.returncode != 0)
 """
 
