@@ -24,9 +24,9 @@ from fastcpt.data_prep.readers import PieceReader, lines_before
 
 BATCH_BYTES = 4 << 20
 # Every run compares gigatoken with the reference, on documents up to CHECK_BYTES: the first `Task.check_first` of each task,
-# and CHECK_SHARE of the others, at random.
+# and of the others CHECK_SHARE, at random, as long as that is at most CHECK_MOST of a task's bytes.
 CHECK_BYTES = 64 << 10
-CHECK_SHARE = 0.0002
+CHECK_SHARE, CHECK_MOST = 0.0002, 0.0005
 
 
 @functools.lru_cache(1)
@@ -127,23 +127,38 @@ def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
         yield batch
 
 
-def _check(
-    batch: list[Entry], ids: np.ndarray, ends: np.ndarray, reference: Encoder, first: int, random: np.random.Generator
-) -> int:
-    """Compares a sample of a batch with the reference, the first `first` documents included. Returns how many."""
-    drawn = random.random(len(batch)) < CHECK_SHARE
-    short = [index for index, entry in enumerate(batch) if len(entry.document.data) <= CHECK_BYTES]
-    sample = [index for number, index in enumerate(short) if number < first or drawn[index]]
-    expected, counts = reference.encode([batch[index].document.data for index in sample])
-    for index, want in zip(sample, np.split(expected, np.cumsum(counts)[:-1]), strict=False):
-        got = ids[ends[index - 1] if index else 0 : ends[index]]
-        if not np.array_equal(got, want):
-            tally, document, _ = batch[index]
-            raise UserError(
-                f"{place(tally.piece, document.line, document.offset)}: gigatoken and the reference tokenizer give "
-                f"different ids for this document ({len(got)} and {len(want)}); use --tokenizer-backend tokenizers"
-            )
-    return len(sample)
+class _Check:
+    """Compares a sample of a task's documents with the reference, the first `first` included."""
+
+    def __init__(self, reference: Encoder, task: Task) -> None:
+        self._reference, self._first, self._random = reference, task.check_first, np.random.default_rng(task.index)
+        self.checked = self._checked_bytes = self._bytes = 0
+
+    def _sample(self, batch: list[Entry]) -> list[int]:
+        sample = []
+        drawn = self._random.random(len(batch)) < CHECK_SHARE
+        for index, entry in enumerate(batch):
+            size = len(entry.document.data)
+            self._bytes += size
+            allowed = drawn[index] and self._checked_bytes + size <= CHECK_MOST * self._bytes
+            if size <= CHECK_BYTES and (self.checked + len(sample) < self._first or allowed):
+                sample.append(index)
+                self._checked_bytes += size
+        return sample
+
+    def __call__(self, batch: list[Entry], ids: np.ndarray, ends: np.ndarray) -> None:
+        """ids of all documents; ends (D,): where those of each end. Raises UserError that names the first to differ."""
+        sample = self._sample(batch)
+        expected, counts = self._reference.encode([batch[index].document.data for index in sample])
+        for index, want in zip(sample, np.split(expected, np.cumsum(counts)[:-1]), strict=False):
+            got = ids[ends[index - 1] if index else 0 : ends[index]]
+            if not np.array_equal(got, want):
+                tally, document, _ = batch[index]
+                raise UserError(
+                    f"{place(tally.piece, document.line, document.offset)}: gigatoken and the reference tokenizer give "
+                    f"different ids for this document ({len(got)} and {len(want)}); use --tokenizer-backend tokenizers"
+                )
+        self.checked += len(sample)
 
 
 def _check_range(batch: list[Entry], ids: np.ndarray, ends: np.ndarray, vocabulary: Vocabulary) -> None:
@@ -202,10 +217,9 @@ def run_task(task: Task, job: Job) -> dict[str, Any]:
     if (finished := finished_record(task.index, job)) is not None:
         return {**finished, "found": True}
     encoder, reference, uncovered = _tools(job)
-    random = np.random.default_rng(task.index)
+    check = None if reference is None else _Check(reference, task)
     tallies: list[Tally] = []
     keys = dedup.Keys()
-    checked = 0
     with contextlib.ExitStack() as stack:
         files = Files(job, stack)
         parts = Parts(job, task.index, files)
@@ -214,8 +228,8 @@ def run_task(task: Task, job: Job) -> dict[str, Any]:
             assert len(counts) == len(batch)
             ends = np.cumsum(counts)
             _check_range(batch, ids, ends, job.vocabulary)
-            if reference is not None:
-                checked += _check(batch, ids, ends, reference, task.check_first - checked, random)
+            if check is not None:
+                check(batch, ids, ends)
             _write_batch(batch, _with_eod(ids, ends, job.vocabulary), counts + 1, parts)
             if job.dedup:
                 pieces = {tally: number for number, tally in enumerate(tallies)}
@@ -225,7 +239,7 @@ def run_task(task: Task, job: Job) -> dict[str, Any]:
     record = {
         "task": task.index,
         "bytes": task.weight,
-        "checked": checked,
+        "checked": check.checked if check else 0,
         "parts": parts.record,
         "sets": sets,
         "pieces": [tally.record() for tally in tallies],

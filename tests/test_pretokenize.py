@@ -416,7 +416,7 @@ def test_ids_of_a_set_fit_or_are_refused(tmp_path: Path, run: Any, monkeypatch: 
         return np.array([5, 70_000], np.uint32), np.array([1, 1])
 
     monkeypatch.setattr(encoding.Gigatoken, "encode", encode)
-    monkeypatch.setattr(tasks, "_check", lambda *arguments: 0)
+    monkeypatch.setattr(tasks._Check, "__call__", lambda *arguments: None)
     with pytest.raises(UserError, match=r"a\.jsonl:2 \(byte 17\): the tokenizer gives id 70000"):
         run([str(path)], output=tmp_path / "out")
 
@@ -463,14 +463,20 @@ def test_difference_from_the_reference_stops_the_run(
 
 
 def test_sample_for_the_reference_grows_with_the_corpus(tmp_path: Path, run: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(inputs, "TASK_BYTES", 40_000)
-    checked: list[int] = []
+    """The first 32 documents, and more as long as the sample is at most a two-thousandth of the text."""
+    checked: list[bytes] = []
+    original = encoding.Reference.encode
     monkeypatch.setattr(
-        tasks, "_check", lambda *args, original=tasks._check: checked.append(original(*args)) or checked[-1]
+        encoding.Reference, "encode", lambda self, texts: checked.extend(texts) or original(self, texts)
     )
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {number}"} for number in range(20_000)])
-    run([str(path)], output=tmp_path / "out")
-    assert 32 <= sum(checked) <= 100
+    for count in (1000, 100_000):
+        checked.clear()
+        path = write_jsonl(tmp_path / f"{count}.jsonl", [{"text": f"document {number}"} for number in range(count)])
+        run([str(path)], output=tmp_path / f"out{count}")
+        assert checked[:32] == [f"document {number}".encode() for number in range(32)]
+        size = sum(len(f"document {number}") for number in range(count))
+        assert len(checked) == 32 or 32 < len(checked) and sum(map(len, checked)) <= size / 2000
+    assert len(checked) > 32
 
 
 def test_text_bytes_of_ids_add_up(tokenizer_file: Path, reference: Any) -> None:
