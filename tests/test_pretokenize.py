@@ -475,7 +475,7 @@ def test_sample_for_the_reference_grows_with_the_corpus(tmp_path: Path, run: Any
         run([str(path)], output=tmp_path / f"out{count}")
         assert checked[:32] == [f"document {number}".encode() for number in range(32)]
         size = sum(len(f"document {number}") for number in range(count))
-        assert len(checked) == 32 or 32 < len(checked) and sum(map(len, checked)) <= size / 2000
+        assert len(checked) == 32 or (32 < len(checked) and sum(map(len, checked)) <= size / 2000)
     assert len(checked) > 32
 
 
