@@ -128,8 +128,10 @@ class Train:
     """Sequences a process takes at once, at most."""
     seed: int = 0
     """Of the initialisation and of the data order."""
-    parallel: Literal["auto", "single", "ddp"] = "auto"
+    parallel: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
     """auto: ddp under torchrun with several processes, else single."""
+    deterministic: bool = False
+    """Sums in a fixed order: the same bits with 1, 2 or 4 processes, in any layout; slower."""
     compile: bool = True
     """Use torch.compile."""
     precision: Literal["bf16", "fp32"] = "bf16"

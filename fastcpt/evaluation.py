@@ -50,10 +50,12 @@ def evaluate(
     # Sums in float64: what one process or several add up differs in nothing that a reader could see.
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     token_bytes = torch.from_numpy(named.shards.token_bytes.astype(np.int64)).to(world.device)
-    for first in range(world.rank * micro_batch, len(named.windows), world.size * micro_batch):
+    for start in range(0, len(named.windows), world.size * micro_batch):
+        first = start + world.rank * micro_batch
         indexes = named.windows[first : first + micro_batch]
-        rows = len(indexes)
-        padded = np.resize(indexes, micro_batch)  # one shape alone, so that a compiled model is compiled once
+        rows = len(indexes)  # none for the last processes at the end: those that hold shards compute together
+        # One shape alone, so that a compiled model is compiled once.
+        padded = np.resize(indexes if rows else named.windows[:1], micro_batch)
         windows = named.shards.windows(padded, seq_len)
         window_BT = torch.from_numpy(windows.astype(np.int64)).to(world.device)
         tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:].contiguous()
@@ -68,7 +70,7 @@ def evaluate(
                 losses_BT.new_tensor(losses_BT.numel(), dtype=torch.float64),
             )
         )
-        progress(first + rows)
+        progress(min(start + world.size * micro_batch, len(named.windows)))
     model.train()
     nats, size, tokens = world.sum_(totals).tolist()
     return {

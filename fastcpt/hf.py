@@ -22,6 +22,7 @@ import torch
 from fastcpt import UserError
 from fastcpt.integrity import read_json, sync_directory, sync_file, write_json
 from fastcpt.model import Architecture, GPTNeoX
+from fastcpt.parallel import fill_
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ def load_weights_(model: GPTNeoX, directory: Path) -> None:
                 tensor = file.get_tensor(name)
                 if bad := int((~tensor.isfinite()).sum()):
                     raise UserError(f"{path}: {name} has {bad:,} values that are NaN or infinite; download it again")
-                parameters[name].copy_(tensor)
+                fill_(parameters[name], tensor)
 
 
 def load_pretrained(path: str | Path, gelu: Literal["erf", "tanh"] | None = None) -> GPTNeoX:

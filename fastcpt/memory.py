@@ -1,8 +1,10 @@
 """The memory of a training step, by part: formulas, checked against what autograd keeps."""
 
 from fastcpt import metrics
+from fastcpt.config import Config
 from fastcpt.kernels.linear_cross_entropy import CPU_ROWS, GPU_ROWS
 from fastcpt.model import Architecture
+from fastcpt.parallel import World
 
 
 def saved_bytes(
@@ -36,12 +38,14 @@ def saved_bytes(
 
 def parts(
     arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool,
-    kernels: bool = False, loss_blocks: bool = False, moments: int = 4,
+    kernels: bool = False, loss_blocks: bool = False, moments: int = 4, shards: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of one process by part, at the moment of a step that needs most; their sum is the total.
 
-    weights, gradients, moments: 4, 4 and 2 x `moments` bytes a parameter. Under DDP gradients are views into its
-    communication buckets, so those take no more.
+    weights, gradients, moments: 4, 4 and 2 x `moments` bytes a parameter, shared out over `shards` processes. Under DDP
+    gradients are views into its communication buckets, so those take no more.
+    gathered: with shards, in the compute dtype the whole of both embeddings and two blocks, and of the larger of these
+    groups the gradient in the compute dtype and, on its way to the shards, in fp32.
     casts: bf16 copies of the matrices but the input embedding, 2 bytes each, kept from forward to backward.
     activations: what autograd keeps for the backward pass of `sequences` x `seq_len` tokens (`saved_bytes`).
     logits: three fp32 tensors of (tokens, vocabulary), 12 V bytes a token: in the softmax's backward pass its output,
@@ -61,11 +65,28 @@ def parts(
         kept = size * tokens * arch.width + 4 * head
         rows = min(tokens, GPU_ROWS if kernels else CPU_ROWS)
         logits = kept + max(kept, size * rows * arch.vocab_size + (2 * head if bf16 else 0))
+    share = -(-parameters // shards)
+    outer = 2 * head + 2 * arch.width
+    block = (parameters - outer) // arch.layers
+    gathered = size * (outer + 2 * block) + (size + 4) * max(outer, block)
     return {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "moments": 2 * moments * parameters,
-        "casts": 2 * matrices if bf16 else 0,
+        "weights": 4 * share,
+        "gradients": 4 * share,
+        "moments": 2 * moments * share,
+        "gathered": gathered if shards > 1 else 0,
+        "casts": 2 * matrices if bf16 and shards == 1 else 0,
         "activations": saved_bytes(arch, sequences, seq_len, bf16, document_mask, kernels, loss_blocks),
         "logits": logits,
     }
+
+
+def of(config: Config, arch: Architecture, world: World, shards: int) -> dict[str, int]:
+    """`parts` of a run on this kind of device: Triton kernels where there is a GPU, or where the configuration asks."""
+    train, gpu = config.train, world.device.type == "cuda"
+    share = -(-train.batch_tokens // config.data.seq_len // world.size)
+    kernels = train.kernels == "triton" or (train.kernels == "auto" and gpu)
+    blocks = train.loss == "blocks" or (train.loss == "auto" and not gpu and not kernels)
+    return parts(
+        arch, min(train.micro_batch, share), config.data.seq_len, train.precision == "bf16", config.data.document_mask,
+        kernels, blocks, 2 if config.optim.moments == "bf16" else 4, shards,
+    )  # fmt: skip

@@ -27,6 +27,7 @@ from fastcpt.kernels.gelu import bias_gelu
 from fastcpt.kernels.layer_norm import layer_norm, layer_norm_reference
 from fastcpt.kernels.qkv_rotary import qkv_rotary, qkv_rotary_reference
 from fastcpt.loss import summed_losses, token_losses
+from fastcpt.parallel import fill_
 
 Addends = tuple[Tensor, ...]
 
@@ -242,8 +243,10 @@ class GPTNeoX(nn.Module):
         small = math.sqrt(2 / (5 * self.arch.width))
         wang = 2 / (self.arch.layers * math.sqrt(self.arch.width))
         for name, parameter in self.named_parameters():
+            value = torch.empty(parameter.shape, device=parameter.device)
             if parameter.ndim == 2:
                 residual = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
-                parameter.normal_(0.0, wang if residual else small, generator=generator)
+                value.normal_(0.0, wang if residual else small, generator=generator)
             else:
-                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                value.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            fill_(parameter, value)

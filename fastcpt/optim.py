@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastcpt import UserError
 from fastcpt.config import Optim
 from fastcpt.kernels import launch
-from fastcpt.kernels.adamw import adamw_step, gradient_square, square_by_products
+from fastcpt.kernels.adamw import adamw_reference, adamw_step, gradient_square, square_by_products
 
 
 class AdamW(torch.optim.AdamW):
@@ -19,8 +19,11 @@ class AdamW(torch.optim.AdamW):
     `grad_scale` divides each gradient as it is read, `found_inf` leaves parameters, moments and Adam's own step
     untouched. Checkpoints of one go on with the other.
     moments: torch.float32, or torch.bfloat16, rounded stochastically from a fixed seed (kernels, or on CPU without).
+    elementwise: compute each element alike wherever it stands; torch's fused kernel on CPU rounds the last few of a tensor
+    otherwise, so that it matters how a tensor is sharded.
     reduce: what is done to the sum of squares of this process's gradients before it is the norm's; a process that holds
-    shards sets it to a sum over processes.
+    shards sets it to a sum over processes. whole: what is done to the gradients before they are squared; where the norm
+    must not depend on how they are sharded, they are put together.
 
     Raises UserError where the kernels that were asked for cannot run.
     """
@@ -31,6 +34,7 @@ class AdamW(torch.optim.AdamW):
         config: Optim,
         kernels: bool = False,
         moments: torch.dtype = torch.float32,
+        elementwise: bool = False,
     ) -> None:
         parameters = list(parameters)
         groups = [
@@ -47,8 +51,10 @@ class AdamW(torch.optim.AdamW):
             raise UserError(f"{moments} moments on {device} need the kernels of AdamW; torch's are fp32")
         self.config = config
         self.parameters = parameters
-        self.kernels = kernels or moments != torch.float32
+        self.elementwise = elementwise
+        self.kernels = kernels or moments != torch.float32 or elementwise
         self.reduce: Callable[[Tensor], Tensor] = lambda square: square
+        self.whole: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self.count = torch.zeros((), device=device)  # of updates by the kernels; torch has one for each parameter
@@ -73,7 +79,8 @@ class AdamW(torch.optim.AdamW):
     def _step_by_torch(self, lr: float, scale: float) -> tuple[Tensor, Tensor]:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         cpu = self.parameters[0].device.type == "cpu"
-        square = square_by_products(gradients) if cpu else torch.nn.utils.get_total_norm(gradients).square()
+        squared = self.whole(gradients)
+        square = square_by_products(squared) if cpu else torch.nn.utils.get_total_norm(squared).square()
         norm = self.reduce(square).sqrt() * scale
         self.found_inf = (~torch.isfinite(norm)).float()
         self.grad_scale = torch.clamp(norm / self.config.clip, min=1.0) / scale
@@ -89,12 +96,14 @@ class AdamW(torch.optim.AdamW):
             for p in group["params"]
             if p.grad is not None
         ]
+        square = self.reduce(gradient_square(self.whole([p.grad for p in self.parameters if p.grad is not None])))
         parameters, gradients, exp_avgs, exp_avg_sqs, decays = (list(column) for column in zip(*rows))
         beta1, beta2 = self.config.betas
-        return adamw_step(
+        step = adamw_reference if self.elementwise and square.device.type == "cpu" else adamw_step
+        return step(
             parameters, gradients, exp_avgs, exp_avg_sqs, decays, self.count,
             lr=lr, betas=(beta1, beta2), eps=self.config.eps, clip=self.config.clip, scale=scale,
-            square=self.reduce(gradient_square(gradients)),
+            square=square,
         )  # fmt: skip
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastcpt import UserError
 
@@ -66,10 +67,10 @@ def start(parallel: str) -> World:
         raise UserError(
             f"{gpus} GPUs are visible but there is one process; run `{command}`, or set train.parallel: single"
         )
-    if size == 1 and parallel == "ddp":
-        raise UserError("train.parallel is ddp, but there is one process; start it with torchrun, or use auto")
+    if size == 1 and parallel not in ("auto", "single"):
+        raise UserError(f"train.parallel is {parallel}, but there is one process; start it with torchrun, or use auto")
     if size > 1 and parallel == "single":
-        raise UserError(f"train.parallel is single, but torchrun started {size} processes; use ddp or auto")
+        raise UserError(f"train.parallel is single, but torchrun started {size} processes; use auto")
     if gpus and local_rank >= gpus:
         raise UserError(f"process {local_rank} of this machine has no GPU: {gpus} are visible; lower --nproc_per_node")
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
@@ -90,3 +91,13 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@torch.no_grad()
+def fill_(parameter: Tensor, value: Tensor) -> None:
+    """Overwrites a parameter, or this process's part of it, with a whole value of its shape."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(
+            value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    parameter.copy_(value)

@@ -63,10 +63,10 @@ class Prepared:
 def prepare(config: Config, processes: int) -> Prepared:
     """The steps of `train.setup` up to the model, in its order. Raises the UserError that it would raise."""
     data, train = config.data, config.train
-    if processes == 1 and train.parallel == "ddp":
-        raise UserError("train.parallel is ddp, but there is one process; say --processes N, or use auto")
+    if processes == 1 and train.parallel not in ("auto", "single"):
+        raise UserError(f"train.parallel is {train.parallel}, but there is one process; say --processes N, or use auto")
     if processes > 1 and train.parallel == "single":
-        raise UserError(f"train.parallel is single, but there are {processes} processes; use ddp or auto")
+        raise UserError(f"train.parallel is single, but there are {processes} processes; use auto")
     inputs = lineage.prepare(config, World(0, 1, torch.device("cpu")), processes)
     origin = inputs.origin
     if origin.kind == "pretrained" and origin.path is not None:

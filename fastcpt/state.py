@@ -1,19 +1,19 @@
 """A run in memory, and what of it a checkpoint holds."""
 
 import base64
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcpt import checkpoint, lineage
 from fastcpt.config import Config, to_dict, to_yaml
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
+from fastcpt.layout import Layout
 from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
 from fastcpt.parallel import World
@@ -31,7 +31,9 @@ class State:
     mixture: Mixture
     validation: list[NamedSet]
     model: GPTNeoX
-    forward: Callable[..., Any]  # the model, or DDP around it
+    layout: Layout
+    parts: dict[str, nn.Parameter]  # this process's part of each parameter, what the optimizer works on
+    forward: nn.Module  # the model, or DDP around it
     optimizer: AdamW
     history: dict[str, Any]
     # Since the last log line, of each source: nats and tokens, (S, 2) float64 on the device. Skipped steps count nothing.
@@ -52,12 +54,13 @@ class State:
 
 
 def named_tensors(state: State) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by name: model.*, exp_avg.*, exp_avg_sq.*, all fp32."""
+    """Every tensor of a checkpoint by name: model.*, exp_avg.*, exp_avg_sq.*, all fp32; DTensors where they are sharded."""
     tensors = {}
     for name, parameter in state.model.named_parameters():
-        moments = state.optimizer.state[parameter]
+        moments = state.optimizer.state[state.parts[name]]
         tensors[f"model.{name}"] = parameter.detach()
-        tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = state.layout.like(parameter, moments[moment])
     return tensors
 
 

@@ -15,7 +15,6 @@ import sys
 if __name__ == "__main__" and sys.path and sys.path[0].rstrip("/").endswith("fastcpt"):
     del sys.path[0]  # torchrun put this file's folder first, where our modules would answer to other packages' names
 
-import contextlib
 import gc
 import math
 import os
@@ -26,17 +25,19 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel
+from fastcpt import UserError, checkpoint, evaluation, hf, layout, lineage, memory, metrics, parallel
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
 from fastcpt.execution import Execution
+from fastcpt.layout import Layout
 from fastcpt.loss import sums_by_source
-from fastcpt.model import GPTNeoX
+from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.optim import AdamW
+from fastcpt.parallel import World
 from fastcpt.state import State, load_, save
+from fastcpt.trees import Tree, order
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -54,8 +55,10 @@ def setup(config: Config) -> State:
     execution = Execution.choose(
         train, world.device, origin.arch.head_width, config.data.seq_len, config.data.document_mask
     )
+    spread = lay_out(config, origin.arch, world)
     with torch.device("meta"):
         model = GPTNeoX(origin.arch, execution)
+    spread.prepare(model, execution.dtype, train.compile)
     model.to_empty(device=world.device)
     if origin.kind == "scratch":
         model.initialise_(torch.Generator(world.device).manual_seed(train.seed))
@@ -63,7 +66,12 @@ def setup(config: Config) -> State:
         assert origin.path is not None
         hf.load_weights_(model, origin.path)
     moments = torch.bfloat16 if config.optim.moments == "bf16" else torch.float32
-    optimizer = AdamW(model.parameters(), config.optim, execution.kernels, moments)
+    parts = spread.locals(model)
+    optimizer = AdamW(parts.values(), config.optim, execution.kernels, moments, elementwise=train.deterministic)
+    if spread.sharded and spread.tree:
+        optimizer.whole = lambda gradients: spread.whole(model, gradients)
+    elif spread.sharded:
+        optimizer.reduce = spread.sum_over_shards
     validation = [
         NamedSet.open(entry.name, entry.role, inputs.val_sets[entry.name], config.data.seq_len, config.run.eval_tokens)
         for entry in config.data.val
@@ -71,30 +79,33 @@ def setup(config: Config) -> State:
     known = lineage.history_of(origin)
     seen = sorted({*known["seen"], *inputs.content["train"].values()})
     state = State(
-        config, world, origin, inputs.plan, inputs.mixture, validation, model, model, optimizer,
+        config, world, origin, inputs.plan, inputs.mixture, validation, model, spread, parts, model, optimizer,
         {"complete": known["complete"], "seen": seen},
         interval=torch.zeros(len(inputs.mixture.sets), 2, dtype=torch.float64, device=world.device),
         skipped=torch.zeros(2, dtype=torch.int64, device=world.device),
     )  # fmt: skip
     if origin.state is not None:
         load_(state)
-    _wrap(state)
+    state.forward = spread.finish(model)
     return state
 
 
-def _wrap(state: State) -> None:
-    """Compiles and distributes: the whole model for one process, block by block under DDP so that its reductions
-    overlap the backward pass. Every shape is static: the micro-batch and a shorter last one, and with documents powers
-    of two of their number."""
-    if state.config.train.compile:
-        torch._dynamo.config.recompile_limit = 64  # beyond it a graph that must be whole is an error
-        if state.world.size == 1:
-            state.model.compile(dynamic=False, fullgraph=True)
-        else:
-            for layer in state.model.layers:
-                layer.compile(dynamic=False, fullgraph=True)
-    if state.world.size > 1:
-        state.forward = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+def lay_out(config: Config, arch: Architecture, world: World) -> Layout:
+    """How the run is spread over processes. Raises UserError for what cannot be."""
+    train, machine = config.train, layout.local_size(world.size)
+    needed = {shards: sum(memory.of(config, arch, world, shards).values()) for shards in {1, machine, world.size}}
+    room = layout.device_memory(world.device, machine)
+    kind, why = layout.choose(train.parallel, world.size, machine, needed, room)
+    if train.deterministic:
+        sequences = train.batch_tokens // config.data.seq_len
+        if sequences % (world.size * train.micro_batch):
+            raise UserError(
+                f"train.deterministic takes whole micro-batches: {sequences} sequences a step are not a multiple of "
+                f"{world.size} processes x train.micro_batch {train.micro_batch}; lower it"
+            )
+        if config.optim.moments != "fp32":
+            raise UserError("train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random")
+    return Layout.make(kind, why, world, train.deterministic)
 
 
 def pinned(windows_BT: np.ndarray) -> Tensor:
@@ -121,31 +132,46 @@ def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]
     scalars on the device, without waiting for it: "loss" (mean nats a token of this process), "grad_norm" (before
     clipping), "skipped" (1.0 if the gradient was not finite).
     """
-    config, world = state.config, state.world
+    config, world, layout = state.config, state.world, state.layout
     micro_batch, attend = config.train.micro_batch, state.model.execution.attention
     batch = config.train.batch_tokens // config.data.seq_len
-    sources_B = state.mixture.source_numbers(state.samples + world.rank * batch // world.size, len(batch_BT))
+    sources_B = state.mixture.source_numbers(state.samples + layout.share * batch // world.size, len(batch_BT))
     totals = torch.zeros_like(state.interval)
-    for first in range(0, len(batch_BT), micro_batch):
+    count = -(-len(batch_BT) // micro_batch)
+    tree = Tree(count) if layout.tree else None
+    for number, turn in enumerate(order(count) if tree else range(count)):
+        first = turn * micro_batch
         rows_BT = torch.as_tensor(batch_BT)[first : first + micro_batch]
         window_BT = to_device(rows_BT, world.device)
         tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:].contiguous()
         masked = config.data.document_mask
         documents = attend.documents(rows_BT[:, :-1].numpy(), _eod(state), world.device) if masked else None
-        local = first + micro_batch < len(batch_BT) and isinstance(state.forward, DistributedDataParallel)
-        with state.forward.no_sync() if local else contextlib.nullcontext():  # type: ignore[attr-defined]
+        with layout.accumulate(state.forward, last=number == count - 1):
             loss, losses_BT = state.forward(tokens_BT, targets_BT, documents, total=True)
             loss.backward()
         part_B = torch.from_numpy(sources_B[first : first + micro_batch]).to(world.device, non_blocking=True)
-        totals += sums_by_source(losses_BT, part_B, len(totals))
-    # DDP averages over processes; the factor makes that the sum.
-    norm, skipped = state.optimizer.clipped_step(
-        state.plan.rate(state.step + 1), world.size / config.train.batch_tokens
-    )
+        sums = sums_by_source(losses_BT, part_B, len(totals))
+        if tree:
+            gradients = layout.gradients(state.model)
+            if not layout.sharded:
+                gradients = layout.tree_reduced(gradients)
+            tree.add([*layout.tree_reduced([sums]), *gradients])
+        else:
+            totals += sums
+    if tree:
+        totals, *gradients = tree.sums
+    else:
+        gradients = layout.gradients(state.model)
+    for part, gradient in zip(state.parts.values(), gradients, strict=True):
+        part.grad = gradient
+    # Where gradients are averages over processes, the factor makes them sums.
+    scale = (world.size if layout.averages else 1) / config.train.batch_tokens
+    norm, skipped = state.optimizer.clipped_step(state.plan.rate(state.step + 1), scale)
     state.step += 1
     state.samples += batch
     applied = skipped == 0
-    state.interval += torch.where(applied, totals, 0.0)
+    if tree is None or world.first:  # in a fixed order the totals are those of all processes
+        state.interval += torch.where(applied, totals, 0.0)
     state.skipped[0] += skipped.long()
     state.skipped[1] = torch.where(applied, 0, state.skipped[1] + 1)
     nats, tokens = totals.sum(0)
@@ -192,6 +218,7 @@ def describe(state: State) -> str:
         f"{train.micro_batch} x {seq_len}\n"
         f"learning rate: {plan.warmup:,} steps of warm-up to {plan.peak:.3g}, then {plan.kind}, {end:.3g} at the end\n"
         f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
+        f"{state.layout.kind}: {state.layout.why}\n"
         f"writes to {config.run.output}"
     )
 
@@ -227,7 +254,7 @@ def train(config: Config) -> State:
     steps = state.last_step - state.step
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
     ready = {"ready": pinned} if world.device.type == "cuda" else {}
-    ahead = batches(state.mixture, state.samples, steps, batch, world.rank, world.size, **ready)
+    ahead = batches(state.mixture, state.samples, steps, batch, state.layout.share, world.size, **ready)
     for windows in console.follow(ahead, state.step):
         result = train_step(state, windows)
         last = state.step == state.last_step

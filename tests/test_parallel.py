@@ -127,9 +127,7 @@ def test_ddp_with_one_process_is_refused(launch: Callable) -> None:
 
 
 def test_single_under_torchrun_is_refused(launch: Callable) -> None:
-    with pytest.raises(
-        UserError, match=r"train\.parallel is single, but torchrun started 2 processes; use ddp or auto"
-    ):
+    with pytest.raises(UserError, match=r"train\.parallel is single, but torchrun started 2 processes; use auto"):
         launch("single", size=2, rank=1, local_rank=1)
 
 

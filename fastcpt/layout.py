@@ -1,0 +1,213 @@
+"""How a model is laid out over processes, on PyTorch's own engines: whole on each (DDP), or in shards (FSDP2, HSDP).
+
+    single  one process
+    ddp     every process holds the whole model; gradients are averaged
+    fsdp    every process holds a share of each parameter; a block's are gathered while it is computed
+    hsdp    shards within a machine, copies of them on each machine
+
+Parameters are sharded in fp32, gathered in the compute dtype, and gradients reduced in fp32. The optimizer works on
+plain local tensors in every layout (`Layout.locals`).
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastcpt import UserError
+from fastcpt.model import GPTNeoX
+from fastcpt.parallel import World
+from fastcpt.trees import tree_sum
+
+Kind = Literal["single", "ddp", "fsdp", "hsdp"]
+ROOM = 0.9  # of a device's memory: what a model may need of it by the formulas of `memory.py`
+
+
+def local_size(world_size: int) -> int:
+    """Processes of one machine, as torchrun says it."""
+    return min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def device_memory(device: torch.device, processes: int) -> int:
+    """Bytes that one of so many processes of a machine has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+
+
+def choose(setting: str, size: int, machine: int, needed: dict[int, int], memory: int) -> tuple[Kind, str]:
+    """What `train.parallel` comes to with `size` processes, `machine` of them on each machine, and why.
+
+    needed: {processes that share one copy: bytes that each needs} for 1, `machine` and `size`; memory: bytes that each
+    has. Raises UserError for what is asked for by name and cannot be.
+    """
+    if size == 1:
+        return "single", "one process"
+    if setting == "hsdp" and machine == size:
+        raise UserError("train.parallel is hsdp, but all processes are on one machine; use fsdp or auto")
+    if setting == "hsdp" and size % machine:
+        raise UserError(f"train.parallel is hsdp, but {size} processes are not {machine} on every machine; use fsdp")
+    if setting != "auto":
+        return setting, "as train.parallel says"  # type: ignore[return-value]
+    gib = {shards: f"{bytes_ / 2**30:.1f} of {memory / 2**30:.1f} GiB" for shards, bytes_ in needed.items()}
+    if needed[1] <= ROOM * memory:
+        return "ddp", f"a whole copy needs {gib[1]}"
+    if machine < size and size % machine == 0 and needed[machine] <= ROOM * memory:
+        return "hsdp", f"a whole copy would need {gib[1]}, one in {machine} shards needs {gib[machine]}"
+    return "fsdp", f"a whole copy would need {gib[1]}, one in {size} shards needs {gib[size]}"
+
+
+class _TreeReduceScatter:
+    """FSDP's reduce-scatter in the order of `trees.py`."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        parts = torch.empty_like(input_tensor)
+        dist.all_to_all_single(parts, input_tensor, group=group)
+        total = tree_sum(parts.chunk(group.size()))
+        output_tensor.copy_(total / group.size() if op == dist.ReduceOp.AVG else total)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """mesh: the processes of fsdp, (shard,), or of hsdp, (replicate, shard). tree: sums in a fixed order."""
+
+    kind: Kind
+    why: str
+    world: World
+    mesh: DeviceMesh | None = None
+    tree: bool = False
+
+    @classmethod
+    def make(cls, kind: Kind, why: str, world: World, tree: bool) -> "Layout":
+        """Raises UserError where sums in a fixed order are not to be had."""
+        mesh, machine = None, local_size(world.size)
+        if kind == "fsdp":
+            mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+        if kind == "hsdp":
+            shape = (world.size // machine, machine)
+            mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        if tree and (world.size & (world.size - 1) or (kind == "hsdp" and world.size > 2 * machine)):
+            raise UserError(
+                f"train.deterministic takes a power of two of processes, and of hsdp two machines; there are {world.size}"
+            )
+        return cls(kind, why, world, mesh, tree)
+
+    @property
+    def sharded(self) -> bool:
+        return self.mesh is not None
+
+    @property
+    def share(self) -> int:
+        """Which share of a batch is this process's: its rank, but so that sums over shards are a tree's first levels."""
+        if not self.tree or self.kind != "hsdp":
+            return self.world.rank
+        assert self.mesh is not None
+        replica, shard = self.mesh.get_coordinate() or (0, 0)
+        return shard * self.mesh.size(0) + replica
+
+    @property
+    def averages(self) -> bool:
+        """Whether gradients come as an average over processes, and not as a sum."""
+        return self.sharded or (self.kind == "ddp" and not self.tree)
+
+    def prepare(self, model: GPTNeoX, dtype: torch.dtype, compile_: bool) -> nn.Module:
+        """Compiles and shards a model that has no storage yet; returns what is called in training (`finish` goes on).
+
+        One process compiles all of it, several block by block, so that communication overlaps the backward pass. In a
+        fixed order everything is computed in fp32 weights, block by block, by any number of processes.
+        """
+        if compile_:
+            torch._dynamo.config.recompile_limit = 64  # beyond it a graph that must be whole is an error
+            if self.kind == "single" and not self.tree:
+                model.compile(dynamic=False, fullgraph=True)
+            else:
+                for layer in model.layers:
+                    layer.compile(dynamic=False, fullgraph=True)
+        if self.mesh is not None:
+            gathered = None if self.tree or dtype == torch.float32 else dtype
+            policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            for module in (*model.layers, model):
+                fully_shard(module, mesh=self.mesh, mp_policy=policy)
+                if self.tree:
+                    module.set_custom_reduce_scatter(_TreeReduceScatter())
+        return model
+
+    def finish(self, model: GPTNeoX) -> nn.Module:
+        """What is called in training, of a model whose parameters have their values."""
+        if self.kind == "ddp" and not self.tree:
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return model
+
+    def locals(self, model: GPTNeoX) -> dict[str, nn.Parameter]:
+        """This process's part of each parameter, a plain tensor on the same memory."""
+        return {
+            name: nn.Parameter(parameter.detach().to_local()) if isinstance(parameter, DTensor) else parameter
+            for name, parameter in model.named_parameters()
+        }
+
+    def accumulate(self, forward: nn.Module, last: bool) -> Any:
+        """For one micro-batch: communicates no more than it must before the last one. Returns a context.
+
+        Shards are reduced with every micro-batch, because whole gradients are what there is no room for; copies of
+        them on other machines once.
+        """
+        if isinstance(forward, DistributedDataParallel) and not last:
+            return forward.no_sync()
+        if self.kind == "hsdp" and isinstance(forward, FSDPModule):
+            forward.set_requires_all_reduce(last or self.tree)
+        return contextlib.nullcontext()
+
+    def gradients(self, model: GPTNeoX) -> list[Tensor]:
+        """Takes this process's part of each gradient out of the model, summed over processes if `tree`."""
+        taken = []
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            taken.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+            parameter.grad = None
+        return taken
+
+    def tree_reduced(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Sums over processes in the order of their shares, of tensors that are whole on each."""
+        if self.world.size == 1 or not tensors:
+            return tensors
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        parts = [torch.empty_like(flat) for _ in range(self.world.size)]
+        dist.all_gather(parts, flat)
+        if self.kind == "hsdp":
+            assert self.mesh is not None
+            parts = [parts[rank] for rank in self.mesh.mesh.T.flatten().tolist()]  # by share
+        pieces = tree_sum(parts).split([tensor.numel() for tensor in tensors])
+        return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors)]
+
+    def sum_over_shards(self, square: Tensor) -> Tensor:
+        """Sums this process's number over those that hold the other shards, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(square, group=self.mesh.get_group("shard"))
+        return square
+
+    def like(self, parameter: Tensor, local: Tensor) -> Tensor:
+        """A local tensor as the part that it is of one of a parameter's shape."""
+        if not isinstance(parameter, DTensor):
+            return local
+        return DTensor.from_local(
+            local, parameter.device_mesh, parameter.placements, run_check=False,
+            shape=parameter.shape, stride=parameter.stride(),
+        )  # fmt: skip
+
+    def whole(self, model: GPTNeoX, locals_: list[Tensor]) -> list[Tensor]:
+        """The tensors that have these parts; every process calls it."""
+        tensors = [self.like(parameter, local) for parameter, local in zip(model.parameters(), locals_, strict=True)]
+        return [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

@@ -1,0 +1,193 @@
+"""Layouts over processes: every one computes what a single process does; sums in a fixed order to the bit."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastcpt import UserError, config, layout, trees
+
+STEPS = 3
+
+TRAIN = """
+import dataclasses, json, os, sys
+import torch
+machine = json.loads(sys.argv[1])["machine"]
+os.environ["LOCAL_WORLD_SIZE"] = str(machine)
+from fastcpt import config, train
+from fastcpt.data import batches
+from fastcpt.layout import Layout
+
+settings = config.parse(json.loads(sys.argv[1])["arguments"])
+state = train.setup(settings)
+result = {"kind": state.layout.kind, "why": state.layout.why, "losses": [], "norms": []}
+batch = settings.train.batch_tokens // settings.data.seq_len
+world = state.world
+for windows in batches(state.mixture, 0, 3, batch, state.layout.share, world.size):
+    before = state.interval.clone()
+    step = train.train_step(state, windows)
+    nats, tokens = world.sum_(state.interval - before).sum(0).tolist()
+    result["losses"].append(nats / tokens)
+    result["norms"].append(step["grad_norm"].item())
+moments = [state.optimizer.state[part]["exp_avg"] for part in state.parts.values()]
+weights = [part.detach() for part in state.parts.values()]
+torch.save([state.layout.whole(state.model, weights), state.layout.whole(state.model, moments)],
+           sys.argv[2] + "-" + str(world.rank))
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def trained(
+    tmp_path: Path, run_ranks: Callable, write_shards: Callable, random_documents: Callable
+) -> Callable[..., tuple[list[dict[str, Any]], list[list[torch.Tensor]]]]:
+    """trained(size, machine, **fields of train) -> (what each process says, [weights, moments] of the first)."""
+    write_shards(tmp_path / "a", random_documents(1, 200))
+    write_shards(tmp_path / "b", random_documents(2, 200))
+    calls = [0]
+
+    def run(size: int, machine: int, width: int = 24, **fields: Any) -> Any:
+        calls[0] += 1
+        made = {
+            "model": {"layers": 2, "width": width, "heads": 3, "vocab_size": 67},
+            "data": {
+                "train": [{"name": name, "path": str(tmp_path / name), "weight": 1} for name in "ab"], "seq_len": 16,
+            },
+            "train": {
+                "tokens": STEPS * 16 * 16, "batch_tokens": 16 * 16, "micro_batch": 2, "compile": False,
+                "precision": "fp32", **fields,
+            },
+            "optim": {"lr": 1e-2, "clip": 0.5, "eps": 1e-3},
+            "run": {"output": str(tmp_path / f"run{calls[0]}"), "tensorboard": False},
+        }  # fmt: skip
+        file = tmp_path / f"config{calls[0]}.yaml"
+        file.write_text(json.dumps(made))
+        told = json.dumps({"machine": machine, "arguments": ["--config", str(file)]})
+        (tmp_path / "store").unlink(missing_ok=True)
+        printed = run_ranks(TRAIN, size, told, str(tmp_path / f"out{calls[0]}"))
+        whole = [torch.load(tmp_path / f"out{calls[0]}-{rank}") for rank in range(size)]
+        for other in whole[1:]:
+            assert all(
+                torch.equal(a, b) for x, y in zip(whole[0], other, strict=True) for a, b in zip(x, y, strict=True)
+            )
+        return [json.loads(line.splitlines()[-1]) for line in printed], whole[0]
+
+    return run
+
+
+CASES = [("ddp", 2, 2), ("fsdp", 2, 2), ("ddp", 4, 4), ("fsdp", 4, 4), ("hsdp", 4, 2)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_layout_computes_what_one_process_does(trained: Callable, compiled: bool) -> None:
+    """In fp32: sums differ in order alone. eps is large, so that Adam does not make much of gradients that are next to
+    nothing but rounding: an error of u |g| in a gradient is one of about lr u |g| / eps in a weight."""
+    ((alone,), (weights, moments)) = trained(1, 1, compile=compiled)
+    assert alone["kind"] == "single"
+    for kind, size, machine in CASES if not compiled else CASES[1:2]:
+        said, (other_weights, other_moments) = trained(size, machine, parallel=kind, compile=compiled)
+        for each in said:
+            assert each["kind"] == kind
+            assert np.allclose(each["losses"], alone["losses"], rtol=1e-5, atol=0)
+            assert np.allclose(each["norms"], alone["norms"], rtol=1e-5, atol=0)
+        for a, b in zip(moments, other_moments, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()))
+        for a, b in zip(weights, other_weights, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_sums_in_a_fixed_order_are_the_same_bits(trained: Callable, micro_batch: int) -> None:
+    same = {"deterministic": True, "micro_batch": micro_batch}
+    ((alone,), tensors) = trained(1, 1, **same)
+    for kind, size, machine in CASES:
+        said, others = trained(size, machine, parallel=kind, **same)
+        assert all(each["norms"] == alone["norms"] and each["losses"] == alone["losses"] for each in said), kind
+        assert all(
+            torch.equal(a, b) for x, y in zip(tensors, others, strict=True) for a, b in zip(x, y, strict=True)
+        ), (kind, size)
+
+
+@pytest.mark.parametrize("count", range(1, 25))
+def test_a_tree_is_the_recursive_halving(count: int) -> None:
+    rng = np.random.default_rng(count)
+    values = rng.standard_normal(count).astype(np.float32)
+
+    def expected(part: list[np.float32]) -> np.float32:
+        if len(part) % 2:
+            total = part[0]
+            for each in part[1:]:
+                total = np.float32(total + each)
+            return total
+        half = len(part) // 2
+        return expected([np.float32(a + b) for a, b in zip(part[:half], part[half:])])
+
+    want = float(expected(list(values)))
+    tensors = [torch.tensor(value) for value in values]
+    assert float(trees.tree_sum(tensors)) == want
+    tree = trees.Tree(count)
+    numbers = trees.order(count)
+    assert sorted(numbers) == list(range(count))
+    for number in numbers:
+        tree.add([torch.tensor(values[number])])
+        assert len(tree._waiting) <= count.bit_length() + 1
+    assert float(tree.sums[0]) == want
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_tree_over_processes_then_own_addends_is_the_whole_tree(size: int) -> None:
+    rng = random.Random(size)
+    for count in (size, 2 * size, 3 * size, 8 * size):
+        values = [torch.tensor(rng.gauss(0, 1)) for _ in range(count)]
+        own = count // size
+        tree = trees.Tree(own)
+        for number in trees.order(own):
+            tree.add([trees.tree_sum([values[rank * own + number] for rank in range(size)])])
+        assert float(tree.sums[0]) == float(trees.tree_sum(values))
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "machine", "needed", "expected"),
+    [
+        ("auto", 1, 1, {1: 500}, "single"),
+        ("auto", 8, 8, {1: 70, 8: 20}, "ddp"),
+        ("auto", 8, 8, {1: 75, 8: 20}, "fsdp"),
+        ("auto", 16, 8, {1: 75, 8: 20, 16: 15}, "hsdp"),
+        ("auto", 16, 8, {1: 200, 8: 75, 16: 50}, "fsdp"),
+        ("auto", 12, 8, {1: 200, 8: 20, 12: 15}, "fsdp"),
+        ("fsdp", 8, 8, {1: 1, 8: 1}, "fsdp"),
+        ("hsdp", 16, 8, {1: 1, 8: 1, 16: 1}, "hsdp"),
+    ],
+)
+def test_the_choice(setting: str, size: int, machine: int, needed: dict[int, int], expected: str) -> None:
+    kind, why = layout.choose(setting, size, machine, {n: g * GIB for n, g in needed.items()}, 80 * GIB)
+    assert kind == expected
+    if setting == "auto" and size > 1:
+        assert f"{needed[1]}.0 of 80.0 GiB" in why
+
+
+@pytest.mark.parametrize(
+    ("size", "machine", "text"), [(8, 8, "all processes are on one machine"), (12, 8, "12 processes are not 8")]
+)
+def test_hsdp_that_cannot_be_is_refused(size: int, machine: int, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        layout.choose("hsdp", size, machine, dict.fromkeys((1, machine, size), GIB), 80 * GIB)
+
+
+def test_a_fixed_order_takes_whole_micro_batches(trained: Callable) -> None:
+    with pytest.raises(
+        AssertionError, match=r"16 sequences a step are not a multiple of 1 processes x .*micro_batch 3"
+    ):
+        trained(1, 1, deterministic=True, micro_batch=3)
+
+
+def test_parallel_is_a_setting() -> None:
+    assert config.Train(tokens=config.Count(1), batch_tokens=config.Count(1)).deterministic is False
