@@ -129,7 +129,7 @@ class Train:
     seed: int = 0
     """Of the initialisation and of the data order."""
     parallel: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
-    """auto: ddp under torchrun with several processes, else single."""
+    """auto: ddp where a whole copy fits each process, else hsdp or fsdp: parameters, gradients and moments in shards."""
     deterministic: bool = False
     """Sums in a fixed order: the same bits with 1, 2 or 4 processes, in any layout; slower."""
     compile: bool = True

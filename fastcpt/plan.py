@@ -1,6 +1,6 @@
 """What a run will cost, before it starts: work, data, memory, disk, evaluation, the learning rate, and advice.
 
-    fastcpt plan --config FILE [--processes N] [--section.field VALUE ...]
+    fastcpt plan --config FILE [--processes N] [--per-machine M] [--memory GIB] [--section.field VALUE ...]
 
 Formulas alone: no weight is read, no model is built, nothing is written. What `train` would refuse is refused here, by
 the same functions. The arithmetic is pure functions, tested on their values; `render` makes the text.
@@ -12,12 +12,12 @@ import os
 import shutil
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from fastcpt import UserError, checkpoint, hf, lineage, memory, metrics
+from fastcpt import UserError, checkpoint, hf, layout, lineage, memory, metrics
 from fastcpt.config import Config, parse
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -25,6 +25,7 @@ from fastcpt.metrics import short_count
 from fastcpt.parallel import World
 from fastcpt.schedules import Plan
 
+PER_MACHINE, MEMORY_GIB = 8, 80  # unless they are said: processes of a machine, memory of the device of each
 WIDTH = 100  # columns of the output
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .#"  # the fillings of a cell of the curve, from empty to full
 
@@ -34,6 +35,7 @@ class Prepared:
     """A run that could start: what `train.setup` derives from a configuration before it builds a model.
 
     step, samples: done before the run starts or goes on. share: sequences a step of the process that takes the most.
+    machine: processes on each machine. device_bytes: memory of the device of each.
     """
 
     config: Config
@@ -45,6 +47,8 @@ class Prepared:
     step: int
     samples: int
     share: int
+    machine: int = PER_MACHINE
+    device_bytes: int = MEMORY_GIB << 30
 
     @property
     def last_step(self) -> int:
@@ -269,32 +273,39 @@ def _data(prepared: Prepared) -> list[str]:
 
 def _memory(prepared: Prepared) -> list[str]:
     """For this machine's kind of device: Triton kernels where there is a GPU, or where the configuration asks."""
-    data, train, moments = prepared.config.data, prepared.config.train, prepared.config.optim.moments
+    config, train, moments = prepared.config, prepared.config.train, prepared.config.optim.moments
     sequences, bf16 = min(train.micro_batch, prepared.share), train.precision == "bf16"
+    processes, machine = prepared.processes, min(prepared.processes, prepared.machine)
+    world = World(0, processes, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    needed = {
+        shards: memory.of(config, prepared.origin.arch, world, shards) for shards in sorted({1, machine, processes})
+    }
+    totals = {shards: sum(parts.values()) for shards, parts in needed.items()}
+    kind, why = layout.choose(train.parallel, processes, machine, totals, prepared.device_bytes)
+    shards = {"single": 1, "ddp": 1, "hsdp": machine, "fsdp": processes}[kind]
     kernels = train.kernels == "triton" or (train.kernels == "auto" and torch.cuda.is_available())
-    blocks = train.loss == "blocks" or (train.loss == "auto" and not torch.cuda.is_available() and not kernels)
-    parts = memory.parts(
-        prepared.origin.arch, sequences, data.seq_len, bf16, data.document_mask, kernels, blocks,
-        2 if moments == "bf16" else 4,
-    )  # fmt: skip
     logits = (
         f"{'bf16' if bf16 else 'fp32'} x vocabulary a token"
         if kernels
         else "softmax and its gradients, 3 x fp32 x vocabulary a token"
     )
+    blocks = train.loss == "blocks" or (train.loss == "auto" and not torch.cuda.is_available() and not kernels)
+    each = f"a parameter{f', in {shards} shards' if shards > 1 else ''}"
     notes = {
-        "weights": "fp32, 4 bytes a parameter",
-        "gradients": "fp32, 4 bytes a parameter; the buckets of DDP are these",
-        "moments": f"{moments}, 2 x {2 if moments == 'bf16' else 4} bytes a parameter",
+        "weights": f"fp32, 4 bytes {each}",
+        "gradients": f"fp32, 4 bytes {each}{'; the buckets of DDP are these' if shards == 1 else ''}",
+        "moments": f"{moments}, 2 x {2 if moments == 'bf16' else 4} bytes {each}",
+        "gathered": "two blocks, the embeddings and a gradient, whole",
         "casts": "bf16 copies of the matrices",
-        "activations": f"kept for the backward pass of {sequences} x {data.seq_len:,} tokens",
+        "activations": f"kept for the backward pass of {sequences} x {config.data.seq_len:,} tokens",
         "logits": "a block of them, and the gradients of the head" if blocks else logits,
         "total": "in eager mode; compiled takes less",
     }
-    rows = [*parts.items(), ("total", sum(parts.values()))]
+    rows = [*needed[shards].items(), ("total", totals[shards])]
     shown = [f"  {name:<12} {size(value):>12}   {notes[name]}" for name, value in rows if value]
     where = "Triton kernels" if kernels else "torch kernels; --train.kernels triton says it for a GPU"
-    return [f"memory of a process, {train.precision}, {where}", *shown]
+    head = [] if processes == 1 else [_fold("layout", f"{kind}: {why}")]
+    return [*head, f"memory of a process, {train.precision}, {where}", *shown]
 
 
 def _results(prepared: Prepared) -> list[str]:
@@ -333,12 +344,19 @@ def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the plan of `--config FILE [--processes N] [--section.field VALUE ...]`. Raises UserError."""
+    """Prints the plan of `--config FILE [--processes N] [--per-machine M] [--memory GIB] [--section.field VALUE ...]`.
+    Raises UserError."""
     parser = argparse.ArgumentParser("fastcpt plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--processes", default=os.environ.get("WORLD_SIZE", "1"))
+    parser.add_argument("--per-machine", default=str(PER_MACHINE))
+    parser.add_argument("--memory", default=str(MEMORY_GIB))
     known, rest = parser.parse_known_args(arguments)
-    if not (known.processes.isascii() and known.processes.isdigit() and int(known.processes) >= 1):
-        raise UserError(f"--processes {known.processes!r}: write a number of processes, from 1 on")
-    prepared = prepare(parse(rest), int(known.processes))
+    for name in ("processes", "per_machine", "memory"):
+        value = getattr(known, name)
+        if not (value.isascii() and value.isdigit() and int(value) >= 1):
+            raise UserError(f"--{name.replace('_', '-')} {value!r}: write a whole number, from 1 on")
+    prepared = replace(
+        prepare(parse(rest), int(known.processes)), machine=int(known.per_machine), device_bytes=int(known.memory) << 30
+    )
     print(render(prepared, BLOCKS if (sys.stdout.encoding or "").lower().startswith("utf") else ASCII))
     return 0

@@ -72,7 +72,7 @@ def test_imports_go_one_way(module: str) -> None:
         assert outside <= {"rich"} and not used
     if module == "fastcpt.model":
         kernels = {f"fastcpt.kernels.{name}" for name in ("gelu", "layer_norm", "qkv_rotary")}
-        assert used == {"fastcpt.config", "fastcpt.execution", "fastcpt.loss"} | kernels
+        assert used == {"fastcpt.config", "fastcpt.execution", "fastcpt.loss", "fastcpt.parallel"} | kernels
     if module == "fastcpt.data":
         assert used == {"fastcpt.shards"}
     if module.startswith("fastcpt.") and module not in ("fastcpt.cli", "fastcpt.demo"):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastcpt import UserError, config, layout, trees
+from fastcpt import UserError, layout, memory, metrics, trees
+from fastcpt.model import PRESETS
 
 STEPS = 3
 
@@ -39,6 +40,38 @@ weights = [part.detach() for part in state.parts.values()]
 torch.save([state.layout.whole(state.model, weights), state.layout.whole(state.model, moments)],
            sys.argv[2] + "-" + str(world.rank))
 print(json.dumps(result))
+"""
+
+
+# Trains until a step, and stops there without a word, after that step's checkpoint.
+CHAIN = """
+import json, os, sys
+told = json.loads(sys.argv[1])
+os.environ["LOCAL_WORLD_SIZE"] = str(told["machine"])
+import torch
+from fastcpt import config, train
+from fastcpt.parallel import World
+
+class Stop(Exception):
+    pass
+
+original, seen = train.train_step, []
+
+def step(state, windows):
+    if state.step == told["stop"]:
+        raise Stop
+    seen.append([state.step, state.layout.share, windows.tolist()])
+    return original(state, windows)
+
+train.train_step = step
+try:
+    state = train.train(config.parse(told["arguments"]))
+    weights = state.layout.whole(state.model, [part.detach() for part in state.parts.values()])
+    if state.world.first:
+        torch.save(weights, told["out"])
+except Stop:
+    pass
+print(json.dumps(seen))
 """
 
 
@@ -111,6 +144,64 @@ def test_sums_in_a_fixed_order_are_the_same_bits(trained: Callable, micro_batch:
         assert all(
             torch.equal(a, b) for x, y in zip(tensors, others, strict=True) for a, b in zip(x, y, strict=True)
         ), (kind, size)
+
+
+def test_a_run_goes_on_with_any_number_of_processes_in_any_layout(
+    tmp_path: Path, run_ranks: Callable, write_shards: Callable, random_documents: Callable
+) -> None:
+    """One process, two, four, two, one; ddp to fsdp to hsdp and back: every sample once, in order, and the same bits as
+    one process that was never stopped."""
+    for seed, name in enumerate("ab"):
+        write_shards(tmp_path / name, random_documents(seed, 200))
+
+    def run(output: str, size: int, machine: int, kind: str, stop: int | None) -> list[list[Any]]:
+        made = {
+            "model": {"layers": 2, "width": 24, "heads": 3, "vocab_size": 67},
+            "data": {
+                "train": [{"name": name, "path": str(tmp_path / name), "weight": 1} for name in "ab"], "seq_len": 16,
+            },
+            "train": {
+                "tokens": 10 * 8 * 16, "batch_tokens": 8 * 16, "micro_batch": 2, "compile": False, "precision": "fp32",
+                "parallel": kind, "deterministic": True,
+            },
+            "optim": {"lr": 1e-2},
+            "run": {"output": str(tmp_path / output), "tensorboard": False, "save_every": 1, "log_every": 1},
+        }  # fmt: skip
+        file = tmp_path / "config.yaml"
+        file.write_text(json.dumps(made))
+        told = {
+            "machine": machine, "stop": stop, "out": str(tmp_path / f"{output}.pt"), "arguments": ["--config", str(file)],
+        }  # fmt: skip
+        (tmp_path / "store").unlink(missing_ok=True)
+        return [
+            entry for line in run_ranks(CHAIN, size, json.dumps(told)) for entry in json.loads(line.splitlines()[-1])
+        ]
+
+    def by_step(seen: list[list[Any]]) -> dict[int, list[list[int]]]:
+        steps: dict[int, list[list[int]]] = {}
+        for step, _, windows in sorted(seen, key=lambda entry: entry[:2]):
+            steps.setdefault(step, []).extend(windows)
+        return steps
+
+    whole = by_step(run("whole", 1, 1, "auto", None))
+    stages = [
+        (1, 1, "single", 2),
+        (2, 2, "ddp", 4),
+        (4, 4, "fsdp", 5),
+        (4, 2, "hsdp", 7),
+        (2, 2, "fsdp", 9),
+        (1, 1, "auto", None),
+    ]
+    seen = [entry for stage in stages for entry in run("chain", *stage)]
+    assert by_step(seen) == whole and len(whole) == 10
+    weights, others = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "chain.pt")
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "chain")
+    ]
+    told = [[(line["step"], line["loss"], line["grad_norm"]) for line in each if "loss" in line] for each in lines]
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("count", range(1, 25))
@@ -189,5 +280,10 @@ def test_a_fixed_order_takes_whole_micro_batches(trained: Callable) -> None:
         trained(1, 1, deterministic=True, micro_batch=3)
 
 
-def test_parallel_is_a_setting() -> None:
-    assert config.Train(tokens=config.Count(1), batch_tokens=config.Count(1)).deterministic is False
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_pythia_fits_eight_gpus_of_80_gb(name: str) -> None:
+    """By the formulas: a sequence of 2,048 tokens at a time, Triton kernels, bf16."""
+    sizes = {n: sum(memory.parts(PRESETS[name], 1, 2048, True, False, True, False, 4, n).values()) for n in (1, 8)}
+    kind, _ = layout.choose("auto", 8, 8, sizes, int(80e9))
+    assert sizes[8 if kind == "fsdp" else 1] < layout.ROOM * 80e9
+    assert (kind == "ddp") == (16 * metrics.parameter_count(PRESETS[name]) < 60e9)
