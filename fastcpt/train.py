@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel
+from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel, saving
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
@@ -36,7 +36,7 @@ from fastcpt.execution import Execution
 from fastcpt.loss import sums_by_source
 from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
-from fastcpt.state import State, load_, save
+from fastcpt.state import State, load_, named_tensors, save
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -225,11 +225,14 @@ def train(config: Config) -> State:
         report(evaluate(state))
     batch = config.train.batch_tokens // config.data.seq_len
     steps = state.last_step - state.step
+    if steps:
+        state.saver.check_room(min(state.step + run.save_every, state.last_step), named_tensors(state))
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
     ready = {"ready": pinned} if world.device.type == "cuda" else {}
     ahead = batches(state.mixture, state.samples, steps, batch, world.rank, world.size, **ready)
     for windows in console.follow(ahead, state.step):
         result = train_step(state, windows)
+        state.saver.poll()
         last = state.step == state.last_step
         if gc.get_freeze_count() == 0:
             gc.collect()  # what lives from here on lives long: later collections need not look at it
@@ -252,6 +255,7 @@ def train(config: Config) -> State:
                 "peak_memory_bytes": metrics.peak_memory(world.device),
             })  # fmt: skip
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                state.saver.wait()
                 raise Diverged(
                     f"step {state.step}: gradients were not finite {in_a_row} steps in a row; lower optim.lr"
                 )
@@ -268,6 +272,7 @@ def train(config: Config) -> State:
                 logger.sync()
             save(state)
         clock += time.perf_counter() - pause
+    state.saver.wait()
     if first and steps == 0:
         print(f"{folder}: complete at step {state.step}")
     for logger in loggers:
@@ -291,6 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"fastcpt: {error}", file=sys.stderr)
         return 3
     finally:
+        saving.finish()
         parallel.stop()
     return 0
 
