@@ -80,7 +80,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not path.exists():
         raise DamagedError(f"{path}: the file is missing; restore it from a copy")
     manifest = read_sealed(path, FORMAT, "the manifest of a checkpoint")
-    check_form(path, manifest, {"step": int, "id": str, "files": {...: {"bytes": int, "hashes": [str]}}}, "the manifest")
+    check_form(
+        path, manifest, {"step": int, "id": str, "files": {...: {"bytes": int, "hashes": [str]}}}, "the manifest"
+    )
     check_names(path, manifest["files"])
     for name, entry in manifest["files"].items():
         if not all(re.fullmatch("[0-9a-f]{16}", value) for value in entry["hashes"]):

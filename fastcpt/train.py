@@ -197,7 +197,15 @@ def describe(state: State) -> str:
 
 
 def train(config: Config) -> State:
-    """The loop. Returns at the last step; started again with the same output it goes on from its newest checkpoint."""
+    """Trains to the last step; started again with the same output it goes on from its newest checkpoint."""
+    try:
+        return _train(config)
+    finally:
+        saving.finish()  # whatever happened: what was saved shall not be lost, and the folder is unlocked by and by
+
+
+def _train(config: Config) -> State:
+    """The loop."""
     started = time.perf_counter()
     folder = Path(config.run.output)
     world = parallel.start(config.train.parallel)
@@ -255,7 +263,6 @@ def train(config: Config) -> State:
                 "peak_memory_bytes": metrics.peak_memory(world.device),
             })  # fmt: skip
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                state.saver.wait()
                 raise Diverged(
                     f"step {state.step}: gradients were not finite {in_a_row} steps in a row; lower optim.lr"
                 )
@@ -296,7 +303,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"fastcpt: {error}", file=sys.stderr)
         return 3
     finally:
-        saving.finish()
         parallel.stop()
     return 0
 
