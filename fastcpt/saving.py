@@ -113,7 +113,10 @@ def check_room(folder: Path, step: int, needed: int) -> None:
 
 @contextlib.contextmanager
 def _explained(folder: Path, step: int, needed: int) -> Iterator[None]:
-    """Errors of the system (no space, quota, file too large, input/output) as a UserError that says what to do."""
+    """Errors of the system (no space, quota, file too large, input/output) as a UserError that says what to do.
+
+    Nothing is tried again on the same file: after a failed fsync the system may take what was lost for written.
+    """
     try:
         yield
     except OSError as error:
@@ -122,7 +125,7 @@ def _explained(folder: Path, step: int, needed: int) -> Iterator[None]:
         except OSError:
             free = "an unknown number"
         raise UserError(
-            f"{error.filename or folder}: the checkpoint of step {step} was not saved: {error.strerror}; it needs "
+            f"{error.filename or folder}: {error.strerror}, while the checkpoint of step {step} was saved; it needs "
             f"{needed:,} bytes and {free} are free in {folder} (a quota may allow less); make room, lower run.keep, or "
             "move run.output; started again the run goes on from its last good checkpoint, which is untouched"
         ) from error
