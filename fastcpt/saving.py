@@ -89,7 +89,7 @@ def _write_parts(path: Path, parts: list[Part], save_id: str) -> HashingWriter:
     with HashingWriter(path, BLOCK_BYTES) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in parts:
-            data = memoryview(part.local.contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = part.local.contiguous().reshape(-1).view(torch.uint8).numpy().data
             for first in range(0, len(data), BLOCK_BYTES):  # no second copy of a whole tensor
                 file.write(data[first : first + BLOCK_BYTES])
     return file
@@ -156,7 +156,9 @@ def write(
     root = run / "checkpoints"
     final, building = root / f"step-{step}", root / f".saving-step-{step}"
     files = {STATE: (json.dumps(state, indent=1, ensure_ascii=False) + "\n").encode(), **files}
-    own = sum(part.local.nbytes + 600 for part in parts) + (world.first and sum(map(len, files.values())))
+    own = sum(part.local.nbytes + 600 for part in parts) + (
+        sum(len(content) for content in files.values()) if world.first else 0
+    )
     offers = together(lambda: (uuid.uuid4().hex, own), world, group)
     save_id, needed = offers[0][0], sum(size for _, size in offers) * 4097 // 4096 + 65536  # hashes; blocks of the disk
 
@@ -190,6 +192,10 @@ def write(
         for folder in (root, run, run.parent):  # the first save of a run makes names in all of them
             sync_directory(folder)
 
+    def forget() -> None:
+        for path in final.iterdir():
+            forget_cache(path)
+
     try:
         agreed(begin, on_first=True)
         written = agreed(write_own)
@@ -198,7 +204,7 @@ def write(
         if world.first:
             shutil.rmtree(building, ignore_errors=True)
         raise
-    agreed(lambda: [forget_cache(path) for path in final.iterdir()])
+    agreed(forget)
     verify(final, world=world, group=group)
     if keep is not None:
         agreed(lambda: rotate(run, *keep), on_first=True)

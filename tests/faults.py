@@ -243,14 +243,26 @@ def power(trials: Trials, seed: int) -> None:
     assert set(trials.save(hook, -1)) == {0}
     operations = [json.loads(line) for line in log.read_text().splitlines()]
     randomness = random.Random(seed)
+    seen = set()
     for count in range(len(operations) + 1):
         history = History(trials.folder / "before", operations[:count])
         for names in ("lost", "kept", "some"):
             for contents in ("cut", "zeros", "kept"):
-                shutil.rmtree(trials.run, ignore_errors=True)
-                history.build(trials.run, names, contents, randomness)
                 if count == len(operations):
                     trials.allowed = STEPS[1:]  # the save has returned
+                state = history.state(names, contents, randomness)
+                key = (tuple(trials.allowed), *((path, hash(data)) for path, data in sorted(state.items())))
+                trials.tally["states"] += 1
+                if key in seen:
+                    continue
+                seen.add(key)
+                shutil.rmtree(trials.run, ignore_errors=True)
+                trials.run.mkdir()
+                for path, data in state.items():
+                    if data is None:
+                        (trials.run / path).mkdir()
+                    else:
+                        (trials.run / path).write_bytes(data)
                 trials.check(f"{count} operations, names {names}, contents {contents}")
     trials.tally["operations"] = len(operations)
 
@@ -323,7 +335,8 @@ class History:
         else:
             self._name(parts, None)
 
-    def build(self, target: Path, names: str, contents: str, randomness: random.Random) -> None:
+    def state(self, names: str, contents: str, randomness: random.Random) -> dict[str, bytes | None]:
+        """{path: content, None of a folder}, a folder before what is in it."""
         folders = {folder: dict(entries) for folder, entries in self.start.items()}
         left = {}  # of each folder's uncertain changes, which the disk may have in their order: how many
         for folder in sorted({change[0] for change in self.pending}):
@@ -335,18 +348,20 @@ class History:
             left[change[0]] -= 1
             if left[change[0]] >= 0:
                 put(folders, *change)
-        target.mkdir()
-        todo = [(target, self.ROOT)]
+        result: dict[str, bytes | None] = {}
+        todo = [("", self.ROOT)]
         while todo:
             place, folder = todo.pop()
             for name, node in folders[folder].items():
+                path = os.path.join(place, name)
                 if node not in self.written:
-                    (place / name).mkdir()
-                    todo.append((place / name, node))
+                    result[path] = None
+                    todo.append((path, node))
                     continue
                 certain, written = self.synced[node], self.written[node]
                 rest = {"cut": b"", "zeros": bytes(len(written) - len(certain)), "kept": written[len(certain) :]}
-                (place / name).write_bytes(certain + rest[contents])
+                result[path] = certain + rest[contents]
+        return result
 
 
 def put(folders: dict[int, dict[str, int]], folder: int, name: str, node: int | None) -> None:

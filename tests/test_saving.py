@@ -40,8 +40,7 @@ def saved(path: Path, seed: int) -> bool:
 
 
 @pytest.mark.parametrize("what", ["kills", "power", "errors"])
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("first", [False, True], ids=["second save", "first save"])
+@pytest.mark.parametrize(("world", "first"), [(1, False), (2, False), (1, True)], ids=["one", "two", "one, first save"])
 def test_every_operation_of_a_save(tmp_path: Path, what: str, world: int, first: bool) -> None:
     command = [sys.executable, str(HARNESS), what, "--world", str(world), *["--first"][:first], str(tmp_path)]
     done = subprocess.run(
