@@ -313,8 +313,12 @@ class Saver:
         return copies
 
 
-def finish(seconds: float = 600.0) -> None:
-    """Before a process leaves in whatever way: lets a save that is under way end, unless it takes longer than this."""
-    for thread in threading.enumerate():
-        if thread.name == THREAD:
-            thread.join(seconds)
+@contextlib.contextmanager
+def finishing(seconds: float = 600.0) -> Iterator[None]:
+    """Whatever ends what is in it, a save that is under way ends first, unless it takes longer than this."""
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            if thread.name == THREAD:
+                thread.join(seconds)

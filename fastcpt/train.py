@@ -196,16 +196,9 @@ def describe(state: State) -> str:
     )
 
 
+@saving.finishing()
 def train(config: Config) -> State:
-    """Trains to the last step; started again with the same output it goes on from its newest checkpoint."""
-    try:
-        return _train(config)
-    finally:
-        saving.finish()  # whatever happened: what was saved shall not be lost, and the folder is unlocked by and by
-
-
-def _train(config: Config) -> State:
-    """The loop."""
+    """The loop. Returns at the last step; started again with the same output it goes on from its newest checkpoint."""
     started = time.perf_counter()
     folder = Path(config.run.output)
     world = parallel.start(config.train.parallel)
