@@ -1,106 +1,144 @@
-"""Checkpoints: atomic, hashed, and everything that exact resume needs.
+"""Checkpoints on disk: verified before anything in them is parsed, found, kept and removed. `saving.py` writes them.
 
-A checkpoint is a folder `step-N` of safetensors files, written by torch.distributed.checkpoint (no pickle), with
+A checkpoint is a folder `step-N` of safetensors files, which torch.distributed.checkpoint reads (no pickle), with
 
-    state.json      step, data position, schedule, counters, RNG (`train.py` says what)
+    state.json      step, data position, schedule, counters, RNG (`state.py` says what)
     config.yaml     the resolved configuration      tokenizer.json    of the training data
-    manifest.json   the size and the hash of each 1 MiB block of every other file; written last
+    manifest.json   the step, the id of the save, fingerprints of configuration, tokenizer and data, and the size and
+                    the hash of each 1 MiB block of every other file; written last
 
-It is written in a hidden folder, made durable, and renamed: a folder named `step-N` is whole or was damaged later. It
-is verified against its manifest before anything in it is parsed.
+It is written in a hidden folder, made durable, and renamed: a folder named `step-N` is whole or was damaged later.
 """
 
 import fcntl
+import json
+import re
 import shutil
 import sys
-import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from fastcpt import UserError
-from fastcpt.integrity import (
-    DamagedError,
-    check_file,
-    check_names,
-    file_hashes,
-    read_json,
-    read_sealed,
-    sync_directory,
-    sync_file,
-    write_durably,
-    write_json,
-    write_sealed,
-)
+from fastcpt.integrity import DamagedError, check_file, check_form, check_names, read_json, read_sealed
 from fastcpt.parallel import World
 
 FORMAT = "fastcpt-checkpoint"
 BLOCK_BYTES = 1 << 20
 MANIFEST, STATE = "manifest.json", "state.json"
+ALONE = World(0, 1, torch.device("cpu"))
 
 
-def save(
-    run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], files: dict[str, bytes], world: World
-) -> Path:
-    """Writes `run/checkpoints/step-{step}`; every process calls it. files: {name: content} that go beside."""
-    root = run / "checkpoints"
-    final, building = root / f"step-{step}", root / f".saving-step-{step}"
-    if world.first:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-    world.barrier()
-    writer = HuggingFaceStorageWriter(str(building), save_distributed=True)
-    _quietly(dcp.save, tensors, storage_writer=writer, no_dist=world.size == 1)
-    if world.first:
-        write_json(building / STATE, state)
-        for name, content in files.items():
-            write_durably(building / name, content)
-        entries = {}
-        for path in sorted(building.iterdir()):
-            sync_file(path)
-            hashes = file_hashes(path, BLOCK_BYTES)
-            entries[path.name] = {
-                "bytes": path.stat().st_size,
-                "hashes": [f"{value:016x}" for value in hashes.tolist()],
-            }
-        write_sealed(building / MANIFEST, FORMAT, {"step": step, "id": uuid.uuid4().hex, "files": entries})
-        if final.exists():  # only a damaged one can be in the way: a good one would have been gone on from
-            final.rename(root / f"damaged-step-{step}-{uuid.uuid4().hex[:8]}")
-        building.rename(final)
-        sync_directory(root)
-    world.barrier()
-    return final
+def together(function: Callable[[], Any], world: World, group: Any = None) -> list[Any]:
+    """Runs `function` on every process; returns all values, in the order of ranks, on every one.
 
-
-def _quietly(function: Any, *arguments: Any, **options: Any) -> None:
-    """Without torch's warning that a single process is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        function(*arguments, **options)
+    What one process raises is raised on all of them, so that none waits for one that has left: a UserError as such,
+    anything else as a RuntimeError that names the process. group: of torch.distributed; None for all processes.
+    """
+    value: Any = None
+    error: Exception | None = None
+    try:
+        value = function()
+    except Exception as caught:  # noqa: BLE001 (of any kind: raised again below, on every process)
+        error = caught
+    if world.size == 1:
+        if error is not None:
+            raise error
+        return [value]
+    kind = next((cls for cls in (DamagedError, UserError) if isinstance(error, cls)), RuntimeError)
+    answers: list[Any] = [None] * world.size
+    dist.all_gather_object(answers, (value, None if error is None else (kind.__name__, str(error))), group=group)
+    for rank, (_, failure) in enumerate(answers):
+        if failure is not None:
+            name, text = failure
+            cls = {"DamagedError": DamagedError, "UserError": UserError}.get(name)
+            raise (cls(text) if cls else RuntimeError(f"process {rank}: {text}")) from error
+    return [value for value, _ in answers]
 
 
 def load_tensors_(checkpoint: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Reads into the given tensors, in place; each must be in the checkpoint with the same shape."""
-    _quietly(dcp.load, tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.size == 1)
+    """Reads into the given tensors, in place, DTensors among them; each must be in the checkpoint with the same shape.
+
+    The numbers of processes that wrote it and that read it may differ.
+    """
+    with warnings.catch_warnings():  # a single process is a single process
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.size == 1)
 
 
-def verify(checkpoint: Path, progress: Callable[[int], None] = lambda size: None) -> None:
-    """Every byte against the manifest; `progress` gets the bytes checked. Raises DamagedError: the file and the offset."""
-    entries = read_sealed(checkpoint / MANIFEST, FORMAT, "the checkpoint")["files"]
-    check_names(checkpoint / MANIFEST, entries)
-    for path in checkpoint.iterdir():
-        if path.name not in entries and path.name != MANIFEST:
-            raise DamagedError(f"{path}: the manifest does not know this file; remove it")
-    for name, entry in entries.items():
-        hashes = np.array([int(value, 16) for value in entry["hashes"]], "<u8")
-        check_file(checkpoint / name, entry["bytes"], hashes, BLOCK_BYTES)
-        progress(entry["bytes"])
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises DamagedError when it was changed or makes no sense."""
+    path = checkpoint / MANIFEST
+    if not path.exists():
+        raise DamagedError(f"{path}: the file is missing; restore it from a copy")
+    manifest = read_sealed(path, FORMAT, "the manifest of a checkpoint")
+    check_form(
+        path, manifest, {"step": int, "id": str, "files": {...: {"bytes": int, "hashes": [str]}}}, "the manifest"
+    )
+    check_names(path, manifest["files"])
+    for name, entry in manifest["files"].items():
+        if not all(re.fullmatch("[0-9a-f]{16}", value) for value in entry["hashes"]):
+            raise DamagedError(f"{path}: a hash of {name} is not 16 hexadecimal digits; restore the manifest")
+    if checkpoint.name.startswith("step-") and checkpoint.name != f"step-{manifest['step']}":
+        raise DamagedError(f"{path}: of step {manifest['step']}, its folder is {checkpoint.name}; rename the folder")
+    return manifest
+
+
+def verify(
+    checkpoint: Path,
+    progress: Callable[[int], None] = lambda size: None,
+    world: World = ALONE,
+    group: Any = None,
+) -> None:
+    """Every byte against the manifest; `progress` gets the bytes checked. Raises DamagedError: the file and the offset.
+
+    Several processes share the blocks; each raises what any of them finds.
+    """
+
+    def check_share() -> None:
+        manifest = read_manifest(checkpoint)
+        entries = manifest["files"]
+        for path in checkpoint.iterdir():
+            if path.name not in entries and path.name != MANIFEST:
+                raise DamagedError(f"{path}: the manifest does not know this file; remove it")
+            if path.is_symlink() or not path.is_file():
+                raise DamagedError(f"{path}: not a plain file; restore it from a copy")
+        blocks = sum(len(entry["hashes"]) for entry in entries.values())
+        mine = range(world.rank * blocks // world.size, (world.rank + 1) * blocks // world.size)
+        passed = 0
+        for name, entry in entries.items():
+            count = len(entry["hashes"])
+            first, last = (min(count, max(0, edge - passed)) for edge in (mine.start, mine.stop))
+            hashes = np.array([int(value, 16) for value in entry["hashes"]], "<u8")
+            try:
+                check_file(checkpoint / name, entry["bytes"], hashes, BLOCK_BYTES, first, last)
+            except DamagedError as error:
+                raise DamagedError(f"{error}{_stranger(checkpoint / name, manifest['id'])}") from None
+            except OSError as error:
+                raise DamagedError(f"{checkpoint / name}: cannot be read ({error.strerror}); restore it") from None
+            passed += count
+            progress(entry["bytes"] * (last - first) // max(1, count))
+
+    together(check_share, world, group)
+
+
+def _stranger(path: Path, save_id: str) -> str:
+    """A remark for people when a safetensors file, already known to be wrong, was written by another save."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(min(int.from_bytes(file.read(8), "little"), 100 << 20))
+        found = json.loads(header)["__metadata__"]["save_id"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return f"; it is of save {str(found)[:32]!r}, this checkpoint of {save_id!r}" if found != save_id else ""
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -110,21 +148,22 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def steps(run: Path) -> list[int]:
     """The steps of a run's checkpoints, oldest first."""
     found = (path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
-    return sorted(int(step) for step in found if step.isdigit())
+    return sorted(int(step) for step in found if step.isdecimal())
 
 
-def newest(run: Path) -> Path | None:
+def newest(run: Path, world: World = ALONE) -> Path | None:
     """A run's newest checkpoint that is whole, or None when there is none at all. Damaged ones are named and passed over.
 
-    Raises UserError when there are checkpoints but all are damaged.
+    Every process of `world` calls it. Raises UserError when there are checkpoints but all are damaged.
     """
     errors = []
-    for step in reversed(steps(run)):
+    for step in reversed(world.on_first(lambda: steps(run))):
         path = run / "checkpoints" / f"step-{step}"
         try:
-            verify(path)
+            verify(path, world=world)
         except DamagedError as error:
-            print(f"warning: {error}; falling back to an older checkpoint", file=sys.stderr)
+            if world.first:
+                print(f"warning: {error}; falling back to an older checkpoint", file=sys.stderr)
             errors.append(str(error))
             continue
         return path
@@ -133,23 +172,34 @@ def newest(run: Path) -> Path | None:
     return None
 
 
-def find(source: str) -> Path | None:
-    """The verified checkpoint that `source` names: a checkpoint's folder, or a run's (its newest). None if it is neither."""
+def find(source: str, world: World = ALONE) -> Path | None:
+    """The verified checkpoint that `source` names: a checkpoint's folder, or a run's (its newest). None if it is neither.
+
+    Every process of `world` calls it.
+    """
     path = Path(source)
-    if (path / "checkpoints").is_dir():
-        found = newest(path)
+    kind = world.on_first(
+        lambda: "run" if (path / "checkpoints").is_dir() else any((path / name).exists() for name in (STATE, MANIFEST))
+    )
+    if kind == "run":
+        found = newest(path, world)
         if found is None:
             raise UserError(f"{path}: a run without a checkpoint; train it first")
         return found
-    if (path / STATE).exists() or (path / MANIFEST).exists():
-        verify(path)
+    if kind:
+        verify(path, world=world)
         return path
     return None
 
 
-def rotate(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints. Renamed first, so that a half-removed one is never taken for one."""
+def rotate(run: Path, keep: int, keep_every: int = 0) -> None:
+    """Removes all checkpoints but the newest `keep` and, unless it is 0, those of steps that `keep_every` divides.
+
+    Renamed first, so that a half-removed one is never taken for one.
+    """
     for step in steps(run)[:-keep]:
+        if keep_every and step % keep_every == 0:
+            continue
         path = run / "checkpoints" / f"step-{step}"
         doomed = path.with_name(f".removing-step-{step}")
         path.rename(doomed)
@@ -166,5 +216,7 @@ def lock(run: Path) -> TextIO:
         raise UserError(f"{run}: another run is writing to this folder; stop it, or use another run.output") from None
     for pattern in (".saving-*", ".removing-*"):
         for path in (run / "checkpoints").glob(pattern):
+            if pattern == ".saving-*":
+                print(f"{path}: removed; this save had been stopped before it was committed", file=sys.stderr)
             shutil.rmtree(path)
     return file

@@ -190,6 +190,8 @@ class Run:
     """Steps a checkpoint; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are never removed; 0 for none."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: str | None = None
@@ -226,6 +228,7 @@ def check(config: Config) -> None:
         ("run.keep", run.keep), ("run.eval_tokens", run.eval_tokens),
     ):  # fmt: skip
         require(value >= 1, f"{name} is {value}; it must be at least 1")
+    require(run.keep_every >= 0, f"run.keep_every is {run.keep_every}; it must be a number of steps, or 0 for none")
     require(
         train.batch_tokens >= data.seq_len and train.batch_tokens % data.seq_len == 0,
         f"train.batch_tokens {train.batch_tokens} is not a multiple of data.seq_len {data.seq_len}",

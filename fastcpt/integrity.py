@@ -4,6 +4,7 @@ A block's hash is the first 8 bytes of its SHA-256, read as a little-endian uint
 each 64 KiB, checkpoints (`checkpoint.py`) one for each 1 MiB.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -54,12 +55,27 @@ def check_block(path: Path, start: int, block: bytes | memoryview, expected: int
         )
 
 
-def check_file(path: Path, size: int, hashes: np.ndarray, block_bytes: int) -> None:
-    """Compares every byte with the recorded hashes; raises DamagedError with the file and the offset of the block."""
+def check_file(
+    path: Path, size: int, hashes: np.ndarray, block_bytes: int, first: int = 0, last: int | None = None
+) -> None:
+    """Compares bytes with the recorded hashes; raises DamagedError with the file and the offset of the block.
+
+    first, last: the blocks [first, last) alone; by default all.
+    """
     check_size(path, size)
+    if len(hashes) != -(-size // block_bytes):
+        raise DamagedError(f"{path}: its manifest has {len(hashes):,} hashes for {size:,} bytes; restore the manifest")
     with open(path, "rb", buffering=0) as file:
-        for block, (index, expected) in zip(blocks(file, block_bytes), enumerate(hashes.tolist()), strict=True):
-            check_block(path, index * block_bytes, block, expected)
+        file.seek(first * block_bytes)
+        for index in range(first, len(hashes) if last is None else last):
+            check_block(path, index * block_bytes, file.read(block_bytes), int(hashes[index]))
+
+
+def forget_cache(path: Path) -> None:
+    """Asks the system to drop what it caches of a synced file, so that it is next read from the disk."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sha256_file(path: Path) -> str:
@@ -79,11 +95,29 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """System errors of descriptors do not say the file: they do when they come out of this."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """All of it: the system may take a part, as when the disk is nearly full."""
+    written, view = 0, memoryview(data)
+    while written < len(view):
+        written += os.write(descriptor, view[written:])
+
+
 def sync_directory(directory: Path) -> None:
     """Makes renames and new names in `directory` durable."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(directory):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -99,9 +133,8 @@ def sync_file(path: Path) -> None:
 def write_durably(path: Path, data: bytes) -> None:
     """Writes a whole file so that a crash leaves the old content or the new, never a mixture."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
+    with open(temporary, "wb", buffering=0) as file, naming(temporary):
+        write_all(file.fileno(), data)
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_directory(path.parent)
@@ -198,9 +231,8 @@ class HashingWriter:
         view = memoryview(self._pending)[:count]
         for start in range(0, count, self._block_bytes):
             self._hashes.append(block_hash(view[start : start + self._block_bytes]))
-        written = 0
-        while written < count:
-            written += self._file.write(view[written:]) or 0
+        with naming(self.path):
+            write_all(self._file.fileno(), view)
         view.release()
         del self._pending[:count]
         self.size += count
@@ -210,7 +242,8 @@ class HashingWriter:
             return
         if self._pending:
             self._flush(len(self._pending))
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
         self._file.close()
         self.hashes = np.array(self._hashes, "<u8")
 

@@ -49,7 +49,7 @@ class Origin:
 
 def find_origin(config: Config, world: World) -> Origin:
     """Looks for a checkpoint of this run, else for what `init.from` names. Verified before it is parsed."""
-    own = world.on_first(lambda: checkpoint.newest(Path(config.run.output)))
+    own = checkpoint.newest(Path(config.run.output), world)
     if own is not None:
         state = checkpoint.read_state(own)
         return Origin("resume", Architecture(**state["architecture"]), own, state)
@@ -59,7 +59,7 @@ def find_origin(config: Config, world: World) -> Origin:
             raise UserError("init.optimizer is keep, but a run from scratch has no moments to keep; remove it")
         arch = replace(resolve_architecture(config.model, None, "scratch"), max_positions=config.data.seq_len)
         return Origin("scratch", arch)
-    found = world.on_first(lambda: checkpoint.find(source))
+    found = checkpoint.find(source, world)
     if found is not None:
         state = checkpoint.read_state(found)
         arch = resolve_architecture(config.model, Architecture(**state["architecture"]), str(found))

@@ -155,10 +155,14 @@ def disk(prepared: Prepared) -> Disk:
     # Beside the tensors, as measured: 190 bytes of header for one, 22 of hash for 1 MiB, 12 KB of state.
     saved = int(12 * parameters * (1 + 22 / 2**20)) + 3 * tensors * 190 + 12_000 + tokenizer
     written = multiples(step, last - 1, run.save_every) + 1 if last > step else 0
-    there = len(checkpoint.steps(Path(run.output)))
-    more = min(written, max(1, run.keep + 1 - there))
+    there = checkpoint.steps(Path(run.output))
+    more = max(1, run.keep + 1 - len(there))
+    if run.keep_every:  # those stay; of those that are there as many fewer can go
+        stay = multiples(step, last - 1, math.lcm(run.save_every, run.keep_every)) + (last % run.keep_every == 0)
+        more = max(1, run.keep + 1 - sum(known % run.keep_every != 0 for known in there)) + stay
+    more = min(written, more)
     free = shutil.disk_usage(next(path for path in (Path(run.output).resolve() / "x").parents if path.exists())).free
-    return Disk(saved, 4 * parameters + tokenizer + 120 * tensors, written, there + more, more * saved, free)
+    return Disk(saved, 4 * parameters + tokenizer + 120 * tensors, written, len(there) + more, more * saved, free)
 
 
 def curve(plan: Plan, width: int = 60, height: int = 10, glyphs: str = BLOCKS) -> list[str]:

@@ -13,10 +13,12 @@ from fastcpt import checkpoint, lineage
 from fastcpt.config import Config, to_dict, to_yaml
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
+from fastcpt.integrity import sha256_json
 from fastcpt.layout import Layout
 from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
 from fastcpt.parallel import World
+from fastcpt.saving import Saver
 from fastcpt.schedules import Plan
 
 
@@ -43,6 +45,11 @@ class State:
     step: int = 0
     samples: int = 0
     start_losses: dict[str, float] = field(default_factory=dict)  # of each validation set, before the first step
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        run = self.config.run
+        self.saver = Saver(Path(run.output), self.world, run.keep, run.keep_every)
 
     @property
     def tokens(self) -> int:
@@ -65,11 +72,26 @@ def named_tensors(state: State) -> dict[str, Tensor]:
 
 
 def save(state: State) -> Path:
-    """Writes a checkpoint of this step and removes those that `run.keep` no longer keeps."""
+    """Starts to write a checkpoint of this step, in the background: `state.saver.wait()` returns when it is on disk.
+
+    Those that `run.keep` and `run.keep_every` no longer keep go afterwards. Returns the folder that there will be.
+    Raises what the save before met.
+    """
     config, world = state.config, state.world
     # One value for the run: the sum goes to the first process, from here on and after a resume alike.
     world.sum_(state.interval)
     first_set = next(iter(state.mixture.sets.values()))
+    data = {
+        "samples": state.samples,
+        "seq_len": config.data.seq_len,
+        "seed": config.train.seed,
+        "phases": [asdict(phase) for phase in state.mixture.phases],
+        "seen": state.mixture.seen(state.samples),
+        "fingerprints": {
+            "train": {name: shard_set.fingerprint for name, shard_set in state.mixture.sets.items()},
+            "val": {named.name: named.shards.fingerprint for named in state.validation},
+        },
+    }
     values = {
         "step": state.step,
         "tokens": state.tokens,
@@ -78,17 +100,7 @@ def save(state: State) -> Path:
         "architecture": asdict(state.model.arch),
         "eod_token": first_set.manifest["tokenizer"]["eod_token"],
         "plan": state.plan.to_dict(),
-        "data": {
-            "samples": state.samples,
-            "seq_len": config.data.seq_len,
-            "seed": config.train.seed,
-            "phases": [asdict(phase) for phase in state.mixture.phases],
-            "seen": state.mixture.seen(state.samples),
-            "fingerprints": {
-                "train": {name: shard_set.fingerprint for name, shard_set in state.mixture.sets.items()},
-                "val": {named.name: named.shards.fingerprint for named in state.validation},
-            },
-        },
+        "data": data,
         "history": state.history,
         "start_losses": state.start_losses,
         "interval": state.interval.tolist(),
@@ -102,11 +114,12 @@ def save(state: State) -> Path:
         "config.yaml": to_yaml(config).encode(),
         "tokenizer.json": (first_set.path / "tokenizer.json").read_bytes(),
     }
-    run = Path(config.run.output)
-    saved = checkpoint.save(run, state.step, named_tensors(state), values, files, world)
-    if world.first:
-        checkpoint.rotate(run, config.run.keep)
-    return saved
+    fingerprints = {
+        "config": sha256_json(to_dict(config)),
+        "tokenizer": first_set.manifest["tokenizer"]["fingerprint"],
+        "data": sha256_json(data["fingerprints"]),
+    }
+    return state.saver.save(state.step, named_tensors(state), values, files, fingerprints)
 
 
 def load_(state: State) -> None:

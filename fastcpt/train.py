@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcpt import UserError, checkpoint, evaluation, hf, layout, lineage, memory, metrics, parallel
+from fastcpt import UserError, checkpoint, evaluation, hf, layout, lineage, memory, metrics, parallel, saving
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
@@ -36,7 +36,7 @@ from fastcpt.loss import sums_by_source
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.optim import AdamW
 from fastcpt.parallel import World
-from fastcpt.state import State, load_, save
+from fastcpt.state import State, load_, named_tensors, save
 from fastcpt.trees import Tree, order
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -223,6 +223,7 @@ def describe(state: State) -> str:
     )
 
 
+@saving.finishing()
 def train(config: Config) -> State:
     """The loop. Returns at the last step; started again with the same output it goes on from its newest checkpoint."""
     started = time.perf_counter()
@@ -252,11 +253,14 @@ def train(config: Config) -> State:
         report(evaluate(state))
     batch = config.train.batch_tokens // config.data.seq_len
     steps = state.last_step - state.step
+    if steps:
+        state.saver.check_room(min(state.step + run.save_every, state.last_step), named_tensors(state))
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
     ready = {"ready": pinned} if world.device.type == "cuda" else {}
     ahead = batches(state.mixture, state.samples, steps, batch, state.layout.share, world.size, **ready)
     for windows in console.follow(ahead, state.step):
         result = train_step(state, windows)
+        state.saver.poll()
         last = state.step == state.last_step
         if gc.get_freeze_count() == 0:
             gc.collect()  # what lives from here on lives long: later collections need not look at it
@@ -295,6 +299,7 @@ def train(config: Config) -> State:
                 logger.sync()
             save(state)
         clock += time.perf_counter() - pause
+    state.saver.wait()
     if first and steps == 0:
         print(f"{folder}: complete at step {state.step}")
     for logger in loggers:

@@ -59,7 +59,8 @@ def wait(children: list[int]) -> list[int]:
 
 
 def saving(output: Path) -> bool:
-    return any((output / "checkpoints").glob(".saving-*"))
+    names = os.listdir(output / "checkpoints") if (output / "checkpoints").exists() else []
+    return any(name.startswith((".saving-", ".removing-")) for name in names)
 
 
 def attempt(
@@ -75,8 +76,8 @@ def attempt(
             codes = [os.waitstatus_to_exitcode(status), *wait(children[1:])]
             assert set(codes) == {0}, f"exit codes {codes}: see {folder}/log-*"
             return "done"
-        time.sleep(0.001)
-    time.sleep(randomness.uniform(0, 0.02) if inside_save else 0)
+        time.sleep(0.0002)
+    time.sleep(randomness.uniform(0, 0.003) if inside_save else 0)
     in_save = saving(output)
     for victim in victims:
         os.kill(victim, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""Many random trials against preparation and shards, until a count is reached; a tally of what happened.
+"""Many random trials against preparation, shards and checkpoints, until a count is reached; a tally of what happened.
 
-    python tests/soak.py WHAT --count N --seed S FOLDER      WHAT: lines, files, corruptions, kills, or all of them
+    python tests/soak.py WHAT --count N --seed S FOLDER      WHAT: see KINDS, or all of them
 
 Each trial's randomness comes from (seed, WHAT, number) alone: `--only NUMBER` runs one again. FOLDER/WHAT.json keeps the
 tally; started again with the same seed it goes on. A trial that fails leaves its files in FOLDER/WHAT-NUMBER and the
@@ -23,18 +23,29 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import soak_checkpoints
 import soak_corruptions
 import soak_files
 import soak_kills
 import soak_lines
+import soak_stock
 
 KINDS: dict[str, ModuleType] = {
     "lines": soak_lines,
     "files": soak_files,
     "corruptions": soak_corruptions,
     "kills": soak_kills,
+    "checkpoints": soak_checkpoints,
+    "stock": soak_stock,
 }
-COUNTS = {"lines": 10_000_000, "files": 10_000, "corruptions": 10_000, "kills": 200}
+COUNTS = {
+    "lines": 10_000_000,
+    "files": 10_000,
+    "corruptions": 10_000,
+    "kills": 200,
+    "checkpoints": 10_000,
+    "stock": 1_000,
+}
 MOST_FAILURES = 10
 ADDRESS_SPACE = 16 << 30  # a file that asks for more memory gets an error, not the machine
 PREPARING_SECONDS = 300

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastcpt import UserError, checkpoint
+from fastcpt import UserError, checkpoint, saving
 from fastcpt.integrity import DamagedError, write_sealed
 from fastcpt.parallel import World
 
@@ -25,7 +25,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def save(run: Path, step: int, seed: int = 0) -> Path:
-    return checkpoint.save(run, step, tensors(seed), {"step": step}, {"config.yaml": b"a: 1\n"}, ALONE)
+    return saving.save(run, step, tensors(seed), {"step": step}, {"config.yaml": b"a: 1\n"}, ALONE)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -50,11 +50,11 @@ def test_a_part_of_the_tensors_can_be_read(tmp_path: Path) -> None:
 
 def test_two_processes_save_and_one_loads(tmp_path: Path, run_ranks: Any) -> None:
     script = (
-        "import sys, torch\nfrom pathlib import Path\nfrom fastcpt import checkpoint\nfrom fastcpt.parallel import World\n"
+        "import sys, torch\nfrom pathlib import Path\nfrom fastcpt import saving\nfrom fastcpt.parallel import World\n"
         "import torch.distributed as dist\n"
         "world = World(dist.get_rank(), 2, torch.device('cpu'))\n"
         "values = {f'model.{i}': torch.arange(1000.0) + i for i in range(5)}\n"
-        "checkpoint.save(Path(sys.argv[1]), 4, values, {'step': 4}, {}, world)\n"
+        "saving.save(Path(sys.argv[1]), 4, values, {'step': 4}, {}, world)\n"
     )
     run_ranks(script, 2, tmp_path / "run")
     path = checkpoint.newest(tmp_path / "run")

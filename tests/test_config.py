@@ -195,6 +195,7 @@ OVERRIDES: dict[str, tuple[str, Any]] = {
     "run.eval_tokens": ("1K", 1000),
     "run.save_every": ("4", 4),
     "run.keep": ("5", 5),
+    "run.keep_every": ("4000", 4000),
     "run.tensorboard": ("false", False),
     "run.wandb": ("project", "project"),
 }
@@ -339,6 +340,7 @@ BRANCH = {"from_": "runs/a", "branch": True}
         ({"run": {"eval_every": -1}}, "run.eval_every is -1"),
         ({"run": {"save_every": 0}}, "run.save_every is 0"),
         ({"run": {"keep": 0}}, "run.keep is 0"),
+        ({"run": {"keep_every": -1}}, "run.keep_every is -1"),
         ({"run": {"eval_tokens": Count(0)}}, "run.eval_tokens is 0"),
         ({"train": {"batch_tokens": Count(17)}}, "train.batch_tokens 17 is not a multiple of data.seq_len 16"),
         ({"train": {"batch_tokens": Count(8)}}, "train.batch_tokens 8 is not a multiple"),
@@ -392,7 +394,7 @@ train.tokens train.batch_tokens train.micro_batch train.seed train.parallel trai
 train.kernels train.loss train.attention
 optim.lr optim.betas optim.eps optim.weight_decay optim.clip optim.moments
 schedule.kind schedule.warmup schedule.min_lr_ratio
-run.output run.log_every run.eval_every run.eval_tokens run.save_every run.keep run.tensorboard run.wandb
+run.output run.log_every run.eval_every run.eval_tokens run.save_every run.keep run.keep_every run.tensorboard run.wandb
 """
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastcpt import UserError, checkpoint
+from fastcpt import UserError, checkpoint, saving
 from fastcpt.config import Optim
 from fastcpt.optim import AdamW
 from fastcpt.parallel import World
@@ -250,7 +250,7 @@ def test_a_checkpoint_of_one_path_goes_on_with_the_other(
         start, end = AdamW(make_parameters(), CONFIG, first), AdamW(make_parameters(3), CONFIG, not first)
         run(start, range(4))
         world = World(0, 1, triton_device)
-        saved = checkpoint.save(tmp_path, 4, tensors(start), {"adam_updates": start.updates}, {}, world)
+        saved = saving.save(tmp_path, 4, tensors(start), {"adam_updates": start.updates}, {}, world)
         checkpoint.load_tensors_(saved, tensors(end), world)
         end.set_updates(checkpoint.read_state(saved)["adam_updates"])
         run(end, range(4, 8))

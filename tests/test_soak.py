@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fastcpt import checkpoint
 from fastcpt.data_prep import inspect_shards, readers
 
 HARNESS = Path(__file__).with_name("soak.py")
@@ -33,7 +34,13 @@ def start(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("what", "count", "counted"),
-    [("lines", 20_000, "lines"), ("files", 100, "files"), ("corruptions", 100, "corruptions"), ("kills", 2, "kills")],
+    [
+        ("lines", 20_000, "lines"),
+        ("files", 100, "files"),
+        ("corruptions", 100, "corruptions"),
+        ("kills", 2, "kills"),
+        ("checkpoints", 100, "corruptions"),
+    ],
 )
 def test_no_trial_fails(tmp_path: Path, what: str, count: int, counted: str) -> None:
     done = start(what, "--count", count, "--seed", 1, tmp_path)
@@ -136,6 +143,14 @@ def test_a_verify_that_names_no_file_is_found(
 
     monkeypatch.setattr(inspect_shards, "verify", vague)
     assert len(failing(soak, "corruptions", tmp_path, 24)) >= 8
+
+
+def test_a_checkpoint_that_is_taken_as_it_is_is_found(
+    tmp_path: Path, soak: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "verify", lambda *arguments, **options: None)
+    failures = failing(soak, "checkpoints", tmp_path, 12)
+    assert len(failures) >= 8 and all("not seen: " in failure for failure in failures)
 
 
 def test_sets_that_differ_after_a_kill_are_found(tmp_path: Path, soak: ModuleType) -> None:
