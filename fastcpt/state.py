@@ -14,6 +14,7 @@ from fastcpt import checkpoint, lineage
 from fastcpt.config import Config, to_dict, to_yaml
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
+from fastcpt.guard import Guard
 from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
 from fastcpt.parallel import World
@@ -38,9 +39,12 @@ class State:
     interval: Tensor
     # Steps skipped in all, and in a row until now, int64 on the device.
     skipped: Tensor
+    guard: Guard
     step: int = 0
     samples: int = 0
     start_losses: dict[str, float] = field(default_factory=dict)  # of each validation set, before the first step
+    unevaluated: bool = False  # this step's evaluation is due, and a signal came before its end
+    checked: int = 0  # the step at which replicas were known to be the same
 
     @property
     def tokens(self) -> int:
@@ -64,8 +68,6 @@ def named_tensors(state: State) -> dict[str, Tensor]:
 def save(state: State) -> Path:
     """Writes a checkpoint of this step and removes those that `run.keep` no longer keeps."""
     config, world = state.config, state.world
-    # One value for the run: the sum goes to the first process, from here on and after a resume alike.
-    world.sum_(state.interval)
     first_set = next(iter(state.mixture.sets.values()))
     values = {
         "step": state.step,
@@ -88,13 +90,14 @@ def save(state: State) -> Path:
         },
         "history": state.history,
         "start_losses": state.start_losses,
-        "interval": state.interval.tolist(),
+        "unevaluated": state.unevaluated,
+        # Of each process: sums in another order would differ in their last bits from those of a run without this save.
+        "interval": world.gather(state.interval.tolist()),
         "skipped": state.skipped.tolist(),
+        "spikes": state.guard.spikes.to_dict() if state.guard.spikes else None,
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         "config": to_dict(config),
     }
-    if not world.first:
-        state.interval.zero_()
     files = {
         "config.yaml": to_yaml(config).encode(),
         "tokenizer.json": (first_set.path / "tokenizer.json").read_bytes(),
@@ -120,10 +123,16 @@ def load_(state: State) -> None:
         state.optimizer.set_updates(values["adam_updates"])
     if origin.keeps_position:
         state.step, state.samples = values["step"], values["data"]["samples"]
+        state.checked = state.step
     if origin.kind == "resume":
-        state.start_losses = values["start_losses"]
-        if world.first:
-            state.interval.copy_(torch.tensor(values["interval"], dtype=torch.float64))
+        state.start_losses, state.unevaluated = values["start_losses"], values["unevaluated"]
+        parts = torch.tensor(values["interval"], dtype=torch.float64)
+        if len(parts) == world.size:
+            state.interval.copy_(parts[world.rank])
+        elif world.first:
+            state.interval.copy_(parts.sum(0))
         state.skipped.copy_(torch.tensor(values["skipped"]))
+        if state.guard.spikes is not None:
+            state.guard.spikes.load_(values["spikes"])
         rng = np.frombuffer(base64.b64decode(values["rng"]), np.uint8)
         torch.set_rng_state(torch.from_numpy(rng.copy()))

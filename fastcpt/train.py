@@ -16,10 +16,12 @@ if __name__ == "__main__" and sys.path and sys.path[0].rstrip("/").endswith("fas
     del sys.path[0]  # torchrun put this file's folder first, where our modules would answer to other packages' names
 
 import contextlib
+import faulthandler
 import gc
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,26 +30,37 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel
+from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel, replicas
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
 from fastcpt.execution import Execution
+from fastcpt.guard import Guard, Spikes
 from fastcpt.loss import sums_by_source
 from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
-from fastcpt.state import State, load_, save
+from fastcpt.replicas import Drifted
+from fastcpt.signals import Preempted
+from fastcpt.state import State, load_, named_tensors, save
+from fastcpt.watch import Watch
 
 MAX_SKIPPED_IN_A_ROW = 5
+GROUP_TIMEOUT = (
+    6  # times run.timeout: an operation of all processes fails by itself only where `watch.py` did not see it
+)
 
 
 class Diverged(Exception):
-    """Gradients were not finite several steps in a row. Exit code 3."""
+    """Several steps in a row were skipped. Exit code 3."""
+
+
+# What all processes raise together, and how they then exit.
+CODES: dict[type[BaseException], int] = {Diverged: 3, Drifted: 4, Preempted: 75}
 
 
 def setup(config: Config) -> State:
     """Everything that a run needs, at the step where it starts or goes on. Raises UserError for what cannot be run."""
-    world = parallel.start(config.train.parallel)
+    world = parallel.start(config.train.parallel, GROUP_TIMEOUT * config.run.timeout)
     torch.manual_seed(config.train.seed)
     inputs = lineage.prepare(config, world, world.size)
     origin, train = inputs.origin, config.train
@@ -75,6 +88,7 @@ def setup(config: Config) -> State:
         {"complete": known["complete"], "seen": seen},
         interval=torch.zeros(len(inputs.mixture.sets), 2, dtype=torch.float64, device=world.device),
         skipped=torch.zeros(2, dtype=torch.int64, device=world.device),
+        guard=Guard(world, Spikes(train.skip_spikes, world.device) if train.skip_spikes else None),
     )  # fmt: skip
     if origin.state is not None:
         load_(state)
@@ -124,8 +138,9 @@ def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]
     config, world = state.config, state.world
     micro_batch, attend = config.train.micro_batch, state.model.execution.attention
     batch = config.train.batch_tokens // config.data.seq_len
-    sources_B = state.mixture.source_numbers(state.samples + world.rank * batch // world.size, len(batch_BT))
-    totals = torch.zeros_like(state.interval)
+    own = state.samples + world.rank * batch // world.size  # this process's first sample
+    sources_B = state.mixture.source_numbers(own, len(batch_BT))
+    totals, losses = torch.zeros_like(state.interval), []
     for first in range(0, len(batch_BT), micro_batch):
         rows_BT = torch.as_tensor(batch_BT)[first : first + micro_batch]
         window_BT = to_device(rows_BT, world.device)
@@ -138,11 +153,14 @@ def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]
             loss.backward()
         part_B = torch.from_numpy(sources_B[first : first + micro_batch]).to(world.device, non_blocking=True)
         totals += sums_by_source(losses_BT, part_B, len(totals))
+        losses.append(losses_BT.detach())
+    state.optimizer.veto = state.guard.veto(totals.sum(0))
     # DDP averages over processes; the factor makes that the sum.
     norm, skipped = state.optimizer.clipped_step(
         state.plan.rate(state.step + 1), world.size / config.train.batch_tokens
     )
     state.step += 1
+    state.guard.record(state.step, state.samples, batch, own, skipped, losses)
     state.samples += batch
     applied = skipped == 0
     state.interval += torch.where(applied, totals, 0.0)
@@ -156,15 +174,16 @@ def _eod(state: State) -> int:
     return next(iter(state.mixture.sets.values())).eod
 
 
-def evaluate(state: State) -> dict[str, Any]:
-    """An evaluation line: every validation set now, and the change since the start."""
+def evaluate(state: State, passing: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """An evaluation line: every validation set now, and the change since the start. passing: see `evaluation.evaluate`."""
     config = state.config
     results = {
         named.name: evaluation.evaluate(
-            state.model, named, config.data.seq_len, config.train.micro_batch, config.data.document_mask, state.world
+            state.model, named, config.data.seq_len, config.train.micro_batch, config.data.document_mask, state.world,
+            passing=passing,
         )
         for named in state.validation
-    }
+    }  # fmt: skip
     if not state.start_losses:
         state.start_losses = {name: entry["loss"] for name, entry in results.items()}
     return {
@@ -197,16 +216,28 @@ def describe(state: State) -> str:
 
 
 def train(config: Config) -> State:
-    """The loop. Returns at the last step; started again with the same output it goes on from its newest checkpoint."""
+    """Trains to the last step; started again with the same output it goes on from its newest checkpoint.
+
+    Raises Preempted when a signal came and everything is saved, and those of CODES.
+    """
+    with contextlib.ExitStack() as stack:
+        return _train(config, stack)
+
+
+def _train(config: Config, stack: contextlib.ExitStack) -> State:
+    """The loop."""
     started = time.perf_counter()
     folder = Path(config.run.output)
-    world = parallel.start(config.train.parallel)
+    world = parallel.start(config.train.parallel, GROUP_TIMEOUT * config.run.timeout)
     locks: list[TextIO] = []
     world.on_first(lambda: locks.append(checkpoint.lock(folder)))
+    for lock in locks:
+        stack.callback(lock.close)
+    watch = stack.enter_context(Watch(world, folder, config.run.timeout, CODES))
     state = setup(config)
     run, first = config.run, world.first
     resumed_at = state.step if state.origin.kind == "resume" else None
-    loggers = metrics.open_loggers(run, to_dict(config), resumed_at) if first else []
+    loggers = metrics.open_loggers(run, to_dict(config), resumed_at, not state.unevaluated) if first else []
     if first:
         (folder / "config.yaml").write_text(to_yaml(config))
         print(describe(state), flush=True)
@@ -218,23 +249,71 @@ def train(config: Config) -> State:
             logger.log(line)
         console.log(line)
 
+    def report_events() -> None:
+        for line in state.guard.events(config.data.seq_len):
+            report(line)
+
+    def passing() -> None:
+        if watch.beat(state.step, "evaluating"):
+            raise Preempted
+
+    def evaluated() -> bool:
+        """Does what is due of this step; false if a signal came before its end."""
+        console.busy(state.step, "evaluating")
+        report_events()
+        try:
+            report(evaluate(state, passing))
+        except Preempted:
+            return False
+        state.unevaluated = False
+        return True
+
+    def check_replicas() -> None:
+        if isinstance(state.forward, DistributedDataParallel) and state.checked < state.step:
+            replicas.check(named_tensors(state), state.step, state.checked, watch.names)
+        state.checked = state.step
+
+    def save_all() -> None:
+        watch.enter(state.step, "saving")
+        console.busy(state.step, "saving")
+        check_replicas()
+        report_events()
+        for logger in loggers:
+            logger.sync()
+        save(state)
+
+    def leave() -> None:
+        """A signal came: saves, and ends."""
+        pause = time.perf_counter()
+        save_all()
+        for logger in loggers:
+            logger.close()
+        message = f"preempted at step {state.step}, saved in {time.perf_counter() - pause:.1f} s"
+        if first:
+            print(message, flush=True)
+        raise Preempted(message)
+
     warmup_end = state.plan.first + state.plan.warmup
     peak = metrics.peak_flops(world.device, state.model.execution.dtype) * world.size
     flops = metrics.flops_per_token(state.model.arch, config.data.seq_len)
-    if state.step == state.plan.first and state.validation:
-        report(evaluate(state))
+    state.unevaluated |= bool(state.validation) and state.step == state.plan.first
+    if state.unevaluated and not evaluated():
+        leave()
     batch = config.train.batch_tokens // config.data.seq_len
     steps = state.last_step - state.step
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
     ready = {"ready": pinned} if world.device.type == "cuda" else {}
     ahead = batches(state.mixture, state.samples, steps, batch, world.rank, world.size, **ready)
+    watch.enter(state.step, "compiling" if config.train.compile else "training")
     for windows in console.follow(ahead, state.step):
         result = train_step(state, windows)
+        stop = watch.beat(state.step, "training")
         last = state.step == state.last_step
         if gc.get_freeze_count() == 0:
             gc.collect()  # what lives from here on lives long: later collections need not look at it
             gc.freeze()
         if state.step % run.log_every == 0 or last:
+            report_events()
             by_source = world.sum_(state.interval).tolist()  # the one wait for the device of an interval
             state.interval.zero_()
             skipped, in_a_row = state.skipped.tolist()
@@ -254,31 +333,37 @@ def train(config: Config) -> State:
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(
                     f"step {state.step}: gradients were not finite {in_a_row} steps in a row; lower optim.lr"
+                    if not config.train.skip_spikes
+                    else f"step {state.step}: {in_a_row} steps in a row were skipped, not finite or spikes (metrics.jsonl "
+                    "says which); lower optim.lr, or raise train.skip_spikes"
                 )
             if world.device.type == "cpu":  # others may have had the cores when it was first measured
                 peak = max(peak, metrics.peak_flops(world.device, state.model.execution.dtype) * world.size)
             clock, clock_step = time.perf_counter(), state.step
         pause = time.perf_counter()
-        if state.validation and evaluation.is_due(state.step, state.last_step, run.eval_every, warmup_end):
-            console.busy(state.step, "evaluating")
-            report(evaluate(state))
+        state.unevaluated = bool(state.validation) and evaluation.is_due(
+            state.step, state.last_step, run.eval_every, warmup_end
+        )
+        if state.unevaluated and not stop:
+            stop = not evaluated()
+        if stop and (state.unevaluated or not last):
+            leave()
         if state.step % run.save_every == 0 or last:
-            console.busy(state.step, "saving")
-            for logger in loggers:
-                logger.sync()
-            save(state)
+            save_all()
+        elif run.check_every and state.step % run.check_every == 0:
+            check_replicas()
+        watch.enter(state.step, "training")
         clock += time.perf_counter() - pause
     if first and steps == 0:
         print(f"{folder}: complete at step {state.step}")
     for logger in loggers:
         logger.close()
-    for lock in locks:
-        lock.close()
     return state
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line's `train`; returns the exit code."""
+    faulthandler.enable()  # a process that dies in C, of a mapped file that shrank for one, says where
     first = os.environ.get("RANK", "0") == "0"
     try:
         train(parse(sys.argv[1:] if arguments is None else arguments))
@@ -286,10 +371,12 @@ def main(arguments: list[str] | None = None) -> int:
         if first:
             print(f"fastcpt: {error}", file=sys.stderr)
         return 2
-    except Diverged as error:
+    except Preempted:
+        return CODES[Preempted]
+    except (Diverged, Drifted) as error:
         if first:
             print(f"fastcpt: {error}", file=sys.stderr)
-        return 3
+        return CODES[type(error)]
     finally:
         parallel.stop()
     return 0

@@ -1,6 +1,7 @@
-"""Many random trials against preparation and shards, until a count is reached; a tally of what happened.
+"""Many random trials against preparation, shards and training, until a count is reached; a tally of what happened.
 
-    python tests/soak.py WHAT --count N --seed S FOLDER      WHAT: lines, files, corruptions, kills, or all of them
+    python tests/soak.py WHAT --count N --seed S FOLDER      WHAT: lines, files, corruptions, kills, signals,
+                                                                       hangs, or all of them
 
 Each trial's randomness comes from (seed, WHAT, number) alone: `--only NUMBER` runs one again. FOLDER/WHAT.json keeps the
 tally; started again with the same seed it goes on. A trial that fails leaves its files in FOLDER/WHAT-NUMBER and the
@@ -25,16 +26,20 @@ from typing import Any
 
 import soak_corruptions
 import soak_files
+import soak_hangs
 import soak_kills
 import soak_lines
+import soak_signals
 
 KINDS: dict[str, ModuleType] = {
     "lines": soak_lines,
     "files": soak_files,
     "corruptions": soak_corruptions,
     "kills": soak_kills,
+    "signals": soak_signals,
+    "hangs": soak_hangs,
 }
-COUNTS = {"lines": 10_000_000, "files": 10_000, "corruptions": 10_000, "kills": 200}
+COUNTS = {"lines": 10_000_000, "files": 10_000, "corruptions": 10_000, "kills": 200, "signals": 100, "hangs": 100}
 MOST_FAILURES = 10
 ADDRESS_SPACE = 16 << 30  # a file that asks for more memory gets an error, not the machine
 PREPARING_SECONDS = 300
