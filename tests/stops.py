@@ -186,6 +186,16 @@ class Ranks:
         return found
 
 
+def outcome(output: Path) -> dict[str, str]:
+    """What must be as in a run that was never disturbed: `crash.digest`, but for what says that a signal came at the end."""
+    import crash
+
+    values = crash.digest(output)
+    state = json.loads((output / "checkpoints" / values["step"] / "state.json").read_text())
+    del state["unevaluated"], state["config"]["run"]
+    return values | {"state": json.dumps(state, sort_keys=True)}
+
+
 def write_set(folder: Path, seed: int, tokens: int) -> None:
     """Random ids below 64; the end-of-document token is 0."""
     folder.mkdir(parents=True)
