@@ -1,7 +1,7 @@
 """Signals that end a run in order: SIGTERM and SIGUSR1, to torchrun or to any one process.
 
-A handler sets a flag. Each time that the loop passes by, all processes learn whether any of them has it set, by a tiny
-all-reduce on the CPU that was started when they passed by last: it has had a step's time, and nobody waits for it.
+A handler sets a flag. With each step all processes learn whether any of them has it set, by a tiny all-reduce on the CPU
+that is started before the step's work and looked at after it: nobody waits for it.
 """
 
 import signal
@@ -46,25 +46,30 @@ class Signals:
 
 
 class Agreement:
-    """Whether any process wants to stop, with the same answer on all. timeout: seconds until a missing one is an error."""
+    """Whether any process got a signal, with the same answer on all: `ask`, work, `answer`; all call both equally often.
 
-    def __init__(self, world: World, timeout: float) -> None:
+    timeout: seconds until a process that does not ask is an error.
+    """
+
+    def __init__(self, world: World, signals: Signals, timeout: float) -> None:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if world.size > 1 else None
+        self._signals = signals
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._under_way: dist.Work | None = None
+        self._stop = False
 
-    def next(self, wanted: bool) -> bool:
-        """What was wanted when this was called last, by anyone; of one process, now. All must call it equally often."""
+    def ask(self) -> None:
+        """A question that was not answered yet becomes part of this one."""
+        if self._group is not None:
+            self._flag = torch.tensor([self.answer() or self._signals.received], dtype=torch.int32)
+            self._under_way = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def answer(self) -> bool:
+        """What was the case when all had asked; of one process, what is now."""
         if self._group is None:
-            return wanted
+            return self._signals.received
         if self._under_way is not None:
             self._under_way.wait()
-            if self._flag.item():
-                return True
-        self._flag = torch.tensor([wanted], dtype=torch.int32)
-        self._under_way = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return False
-
-    def close(self) -> None:
-        if self._under_way is not None:
-            self._under_way.wait()
+            self._under_way = None
+            self._stop |= bool(self._flag.item())
+        return self._stop

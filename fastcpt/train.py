@@ -256,6 +256,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
     def passing() -> None:
         if watch.beat(state.step, "evaluating"):
             raise Preempted
+        watch.ask()
 
     def evaluated() -> bool:
         """Does what is due of this step; false if a signal came before its end."""
@@ -306,6 +307,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
     ahead = batches(state.mixture, state.samples, steps, batch, world.rank, world.size, **ready)
     watch.enter(state.step, "compiling" if config.train.compile else "training")
     for windows in console.follow(ahead, state.step):
+        watch.ask()
         result = train_step(state, windows)
         stop = watch.beat(state.step, "training")
         last = state.step == state.last_step

@@ -111,8 +111,8 @@ class Watch:
                 path.unlink(missing_ok=True)
         self._me = Process.this()
         self._processes = [Process(*each) for each in self._world.gather(tuple(self._me))]
-        self._agreement = Agreement(self._world, LONG * self._timeout + 60)
         self.signals = Signals().__enter__()
+        self._agreement = Agreement(self._world, self.signals, LONG * self._timeout + 60)
         self._main = threading.get_ident()
         self._record = os.open(self._ranks / f"rank-{self._world.rank}", os.O_RDWR | os.O_CREAT, 0o644)
         self._ticks = 0
@@ -127,10 +127,14 @@ class Watch:
         limit = self._timeout if usual else LONG * self._timeout
         self._place = Place(step, phase, self._place.beats + 1, time.monotonic(), limit)
 
+    def ask(self) -> None:
+        """Before work that all processes do together: whether a signal asks to stop. `beat` has the answer."""
+        self._agreement.ask()
+
     def beat(self, step: int, phase: str) -> bool:
-        """`enter`, and whether a signal asks all processes to stop: with the same answer on all, which call it together."""
+        """`enter`, and whether a signal asks to stop: what `ask` found, the same on all processes."""
         self.enter(step, phase)
-        return self._agreement.next(self.signals.received)
+        return self._agreement.answer()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -147,7 +151,7 @@ class Watch:
         self._ended.set()
         self._thread.join()
         if expected:
-            self._agreement.close()
+            self._agreement.answer()
             self._publish(left=True)
             if self._world.first:
                 self._write_code(0 if error is None else self._codes[type(error)])

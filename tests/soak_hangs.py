@@ -1,4 +1,4 @@
-"""One of two ranks stops, sleeps, fails, leaves or is killed at a random place: the run ends in bounded time, the rank is
+"""One of two ranks stops, sleeps, fails, leaves, is killed or reads damaged data at a random place: the run ends in bounded time, the rank is
 the first thing that the log names, no process is left, and the run that goes on is the run that was never disturbed."""
 
 import random
@@ -12,7 +12,7 @@ __all__ = ["prepare"]
 
 UNIT = 1
 SECONDS = 180
-KINDS = ["STOP", "sleep", "raise", "exit", "KILL"]
+KINDS = ["STOP", "sleep", "raise", "exit", "KILL", "damage"]
 TIMEOUT, LONG = (
     3.0,
     15.0,
@@ -44,6 +44,8 @@ def trial(randomness: random.Random, folder: Path, prepared: Path) -> Counter[st
     assert f"rank {1 - rank} (" not in said[0], f"{fault}: {said}"
     if what in ("STOP", "sleep"):
         assert (folder / "run" / f"stacks-rank{1 - rank}.txt").read_text().count("most recent call first") >= 2
+    if what == "damage":
+        assert "shard-00000.bin" in said[0] and (torchrun or codes == [2, 2]), f"{codes}: {said}"
     if what == "sleep":
         assert "stops.py" in said[0] and "in act" in log, said
     assert stops.until(lambda: not ranks.left_over(), 5), f"left over: {ranks.left_over()}"

@@ -53,10 +53,14 @@ def act(fault: dict[str, Any]) -> None:
         raise ZeroDivisionError("of the test")
     elif what == "exit":
         os._exit(0)
+    elif what == "damage":
+        raise shards.DamagedError("new/shard-00000.bin: bytes 0 to 65,536 differ from their hash")
+    elif what == "shrink":
+        os.truncate(fault["path"], 100)
 
 
 def arm(fault: dict[str, Any]) -> None:
-    """fault: {"rank"; "what": a signal, sleep, raise, exit; "where": step, backward, evaluation, save; "when": at which
+    """fault: {"rank"; "what": a signal, sleep, raise, exit, damage, shrink ("path"); "where": step, backward, evaluation, save; "when": at which
     passage, from 1; "target": self or parent; "in_save": a second signal; "slow": seconds a step}."""
     mine = int(os.environ.get("RANK", "0")) == fault.get("rank", 0)
     passed: dict[str, int] = {}

@@ -33,7 +33,14 @@ def start(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("what", "count", "counted"),
-    [("lines", 20_000, "lines"), ("files", 100, "files"), ("corruptions", 100, "corruptions"), ("kills", 2, "kills")],
+    [
+        ("lines", 20_000, "lines"),
+        ("files", 100, "files"),
+        ("corruptions", 100, "corruptions"),
+        ("kills", 2, "kills"),
+        ("signals", 3, "signals"),
+        ("hangs", 6, "hangs"),
+    ],
 )
 def test_no_trial_fails(tmp_path: Path, what: str, count: int, counted: str) -> None:
     done = start(what, "--count", count, "--seed", 1, tmp_path)
