@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,3 +142,35 @@ def test_one_process_saves_at_once_and_goes_on_as_if_nothing_had_been(
     tensors, wanted = train.named_tensors(state), train.named_tensors(expected)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors.items())
     assert timeless(output) == timeless(Path(reference.run.output))
+
+
+STUBS = {
+    "srun": 'exec "$@"',
+    # As torchrun: gets the signal, waits for its processes, and exits with 1 whatever their code was.
+    "torchrun": 'echo "$@" > arguments; trap "echo $CODE > runs/cpt-410m/exit-code; exit 1" USR1; touch up; '
+    "while true; do sleep 0.05; done",
+    "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> requeued; fi',
+}
+
+
+@pytest.mark.parametrize(("name", "code"), [("README.md", 75), ("README.zh.md", 75), ("README.md", 3)])
+def test_the_slurm_script_passes_the_signal_on_and_queues_again(tmp_path: Path, name: str, code: int) -> None:
+    """With stubs for Slurm's commands and torchrun's: there is no Slurm here."""
+    readme = (Path(__file__).parent.parent / name).read_text(encoding="utf-8")
+    (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", readme, re.DOTALL)
+    (tmp_path / "runs" / "cpt-410m").mkdir(parents=True)
+    (tmp_path / "runs" / "cpt-410m" / "exit-code").write_text("75\n")  # of an earlier start: must not count
+    for command, text in STUBS.items():
+        (tmp_path / command).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / command).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code)}
+    environment |= {"SLURM_JOB_ID": "17", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(timeout=30)
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == ("requeue 17\n" if code == 75 else "")
+    arguments = (tmp_path / "arguments").read_text()
+    assert "--nnodes=2" in arguments and "--rdzv_endpoint=node1:29500" in arguments and "SIGUSR1" in arguments
