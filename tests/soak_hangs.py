@@ -26,7 +26,7 @@ def trial(randomness: random.Random, folder: Path, prepared: Path) -> Counter[st
     number = int(folder.name.rpartition("-")[2])
     what, torchrun = KINDS[number % len(KINDS)], number // len(KINDS) % 4 == 3
     where = randomness.choice(["step", "backward", "evaluation", "save"])
-    first, last = {"step": (2, 11), "backward": (4, 33), "evaluation": (3, 12), "save": (1, 2)}[where]
+    first, last = {"step": (2, 11), "backward": (4, 24), "evaluation": (3, 12), "save": (1, 2)}[where]
     rank = randomness.randrange(2)
     fault: dict[str, Any] = {"rank": rank, "what": what, "where": where, "when": randomness.randint(first, last)}
     ranks = stops.Ranks(folder, fault, torchrun=torchrun)
@@ -38,14 +38,16 @@ def trial(randomness: random.Random, folder: Path, prepared: Path) -> Counter[st
     acted = float((folder / "acted").read_text())
     seconds = time.time() - acted
     assert all(code != 0 for index, code in enumerate(codes) if torchrun or index != rank), f"{codes}: {log[-3000:]}"
-    assert seconds < limit + (3 if torchrun else 2), f"{fault}: it took {seconds:.1f} s: {log[-3000:]}"
+    # torchrun itself gives a stopped process 30 s after SIGTERM, whatever --shutdown-timeout says, when another failed.
+    assert seconds < limit + (33 if torchrun else 2), f"{fault}: it took {seconds:.1f} s: {log[-3000:]}"
     said = [line for line in log.splitlines() if line.startswith("fastcpt: ")]
-    assert said and f"rank {rank} (" in said[0], f"{fault}: {codes}: {log[-3000:]}"
+    told = "shard-00000.bin" if what == "damage" else f"rank {rank} ("  # damaged data: which file is what matters
+    assert said and told in said[0], f"{fault}: {codes}: {log[-3000:]}"
     assert f"rank {1 - rank} (" not in said[0], f"{fault}: {said}"
     if what in ("STOP", "sleep"):
         assert (folder / "run" / f"stacks-rank{1 - rank}.txt").read_text().count("most recent call first") >= 2
     if what == "damage":
-        assert "shard-00000.bin" in said[0] and (torchrun or codes == [2, 2]), f"{codes}: {said}"
+        assert torchrun or codes == [2, 2], f"{codes}: {said}"
     if what == "sleep":
         assert "stops.py" in said[0] and "in act" in log, said
     assert stops.until(lambda: not ranks.left_over(), 5), f"left over: {ranks.left_over()}"
