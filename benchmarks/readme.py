@@ -25,7 +25,7 @@ def take_over(demo: Path) -> None:
     runs = {}
     for name in ("pretrain", "continue", "replay"):
         lines = [json.loads(line) for line in (demo / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-        training = [line for line in lines if "eval" not in line]
+        training = [line for line in lines if "loss" in line]
         runs[name] = {"training": training[-1], "evaluation": [line for line in lines if "eval" in line][-1]}
     RESULT.write_text(json.dumps(runs, indent=1) + "\n")
     shutil.copy(demo / "report-figures" / "plane.png", FIGURE)

@@ -87,9 +87,9 @@ def ledger(inputs: list[Input], records: list[dict[str, Any]]) -> "pa.Table":
             ordered = [rejects[reason] for reason in sorted(rejects)]
             rows.append({**zero, "set": None, "rejected": rejected, "blank_lines": blank, "rejects": ordered})
     # By way of JSON: for Python's objects Arrow imports pandas, where there is one, in an eighth of a second.
-    lines = "\n".join(map(json.dumps, rows)).encode()
+    text = "\n".join(map(json.dumps, rows)).encode()
     form = pyarrow.json.ParseOptions(explicit_schema=_ledger_schema(), unexpected_field_behavior="error")
-    return pyarrow.json.read_json(io.BytesIO(lines), parse_options=form) if rows else _ledger_schema().empty_table()
+    return pyarrow.json.read_json(io.BytesIO(text), parse_options=form) if rows else _ledger_schema().empty_table()
 
 
 def set_names(records: list[dict[str, Any]], job: Job) -> list[str]:

@@ -135,7 +135,7 @@ class _Check:
         self.checked = self._checked_bytes = self._bytes = 0
 
     def _sample(self, batch: list[Entry]) -> list[int]:
-        sample = []
+        sample: list[int] = []
         drawn = self._random.random(len(batch)) < CHECK_SHARE
         for index, entry in enumerate(batch):
             size = len(entry.document.data)

@@ -122,7 +122,7 @@ def _read_arm(name: str, folder: Path) -> Arm:
         planned = state["plan"]["first"] + state["plan"]["steps"]
     elif branch:  # its steps go on from a checkpoint's, which only its first evaluation tells
         planned = evaluations[0]["step"] + steps if evaluations else None
-    training = [line for line in lines if "eval" not in line]
+    training = [line for line in lines if "loss" in line]
     arm = Arm(name, folder, config, state, training, evaluations, planned, notes)
     notes += _remarks(arm)
     return arm

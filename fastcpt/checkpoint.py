@@ -12,9 +12,12 @@ It is written in a hidden folder, made durable, and renamed: a folder named `ste
 
 import fcntl
 import json
+import os
 import re
 import shutil
+import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -209,11 +212,18 @@ def rotate(run: Path, keep: int, keep_every: int = 0) -> None:
 def lock(run: Path) -> TextIO:
     """One process group a folder: locks it and removes what a killed save or removal left. The lock goes with the process."""
     run.mkdir(parents=True, exist_ok=True)
-    file = open(run / ".lock", "w")  # noqa: SIM115 (held until the run ends)
+    file = open(run / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"{run}: another run is writing to this folder; stop it, or use another run.output") from None
+        file.seek(0)
+        raise UserError(
+            f"{run}: another run is writing to this folder ({file.read().strip() or 'it has not said which'}); stop it, or "
+            "use another run.output"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+    file.flush()
     for pattern in (".saving-*", ".removing-*"):
         for path in (run / "checkpoints").glob(pattern):
             if pattern == ".saving-*":

@@ -142,6 +142,8 @@ class Train:
     """blocks: never more than a block of the logits in memory, slower on a GPU. auto: blocks on CPU, full on a GPU."""
     attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen"] = "auto"
     """auto: the fastest that is installed and fits the GPU; sdpa on CPU."""
+    skip_spikes: float = 0.0
+    """Skip steps whose loss or gradient norm is so many standard deviations above the last 128 steps' mean; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +198,10 @@ class Run:
     """Write TensorBoard events."""
     wandb: str | None = None
     """Weights & Biases project; null for none."""
+    timeout: float = 600.0
+    """Seconds without progress after which a run ends, naming the hung process; five times as many where it may compile."""
+    check_every: int = 0
+    """Steps a comparison of the replicas' weights, beside the one before each checkpoint; 0: no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +251,12 @@ def check(config: Config) -> None:
     require(
         len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
         f"optim.betas {optim.betas} must be two numbers from 0 to below 1",
+    )
+    require(0 < run.timeout < math.inf, f"run.timeout {run.timeout} must be above 0 seconds")
+    require(run.check_every >= 0, f"run.check_every is {run.check_every}; it must be at least 0")
+    require(
+        0 <= train.skip_spikes < math.inf,
+        f"train.skip_spikes {train.skip_spikes} must be a number from 0 on; 6 is usual",
     )
     require(optim.clip > 0, f"optim.clip {optim.clip} must be above 0; a large number clips nothing")
     require(optim.eps > 0, f"optim.eps {optim.eps} must be above 0")

@@ -41,16 +41,19 @@ def evaluate(
     document_mask: bool,
     world: World,
     progress: Callable[[int], None] = lambda windows: None,
+    passing: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """{"loss" (nats a token), "bits_per_byte", "tokens", "role"} over the set's fixed windows, summed over processes.
 
-    progress gets the number of windows done so far. Bits per byte is exact: the bytes are those of the target tokens' text, an end-of-document token counting none.
+    progress gets the number of windows done so far. passing is called before each micro-batch, by all processes equally
+    often; what it raises ends the evaluation. Bits per byte is exact: the bytes are those of the target tokens' text, an end-of-document token counting none.
     """
     model.eval()
     # Sums in float64: what one process or several add up differs in nothing that a reader could see.
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     token_bytes = torch.from_numpy(named.shards.token_bytes.astype(np.int64)).to(world.device)
     for start in range(0, len(named.windows), world.size * micro_batch):
+        passing()
         first = start + world.rank * micro_batch
         indexes = named.windows[first : first + micro_batch]
         rows = len(indexes)  # none for the last processes at the end: those that hold shards compute together

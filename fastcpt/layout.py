@@ -22,8 +22,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastcpt import UserError
-from fastcpt.model import GPTNeoX
+from fastcpt import UserError, memory
+from fastcpt.config import Config
+from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import World
 from fastcpt.trees import tree_sum
 
@@ -105,6 +106,23 @@ class Layout:
             )
         return cls(kind, why, world, mesh, tree)
 
+    @classmethod
+    def of(cls, config: Config, arch: Architecture, world: World) -> "Layout":
+        """How a run is spread over processes. Raises UserError for what cannot be."""
+        train, machine = config.train, local_size(world.size)
+        needed = {shards: sum(memory.of(config, arch, world, shards).values()) for shards in {1, machine, world.size}}
+        kind, why = choose(train.parallel, world.size, machine, needed, device_memory(world.device, machine))
+        if train.deterministic:
+            sequences = train.batch_tokens // config.data.seq_len
+            if sequences % (world.size * train.micro_batch):
+                raise UserError(
+                    f"train.deterministic takes whole micro-batches: {sequences} sequences a step are not a multiple of "
+                    f"{world.size} processes x train.micro_batch {train.micro_batch}; lower it"
+                )
+            if config.optim.moments != "fp32":
+                raise UserError("train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random")
+        return cls.make(kind, why, world, train.deterministic)
+
     @property
     def sharded(self) -> bool:
         return self.mesh is not None
@@ -154,7 +172,7 @@ class Layout:
     def locals(self, model: GPTNeoX) -> dict[str, nn.Parameter]:
         """This process's part of each parameter, a plain tensor on the same memory."""
         return {
-            name: nn.Parameter(parameter.detach().to_local()) if isinstance(parameter, DTensor) else parameter
+            name: nn.Parameter(parameter.to_local().detach()) if isinstance(parameter, DTensor) else parameter
             for name, parameter in model.named_parameters()
         }
 
@@ -174,8 +192,9 @@ class Layout:
         """Takes this process's part of each gradient out of the model, summed over processes if `tree`."""
         taken = []
         for parameter in model.parameters():
-            assert parameter.grad is not None
-            taken.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+            gradient = parameter.grad
+            assert gradient is not None
+            taken.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
             parameter.grad = None
         return taken
 
@@ -197,6 +216,16 @@ class Layout:
         if self.mesh is not None:
             dist.all_reduce(square, group=self.mesh.get_group("shard"))
         return square
+
+    def copies(self) -> tuple[list[int], dist.ProcessGroup | None] | None:
+        """The processes that hold the same bits as this one, and their group (None: all); None when there are none."""
+        if self.kind == "ddp":
+            return list(range(self.world.size)), None
+        if self.kind == "hsdp":
+            assert self.mesh is not None
+            group = self.mesh.get_group("replicate")
+            return dist.get_process_group_ranks(group), group
+        return None
 
     def like(self, parameter: Tensor, local: Tensor) -> Tensor:
         """A local tensor as the part that it is of one of a parameter's shape."""

@@ -75,10 +75,14 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a line. On start it is cut back to the step that the run goes on from."""
+    """`metrics.jsonl`: one object a line. On start it is cut back to the step that the run goes on from.
 
-    def __init__(self, path: Path, step: int | None) -> None:
-        kept = [line for line in path.read_bytes().split(b"\n") if _is_kept(line, step)] if path.exists() else []
+    evaluated: false if that step's evaluation has yet to be done: what was written of it is cut off too.
+    """
+
+    def __init__(self, path: Path, step: int | None, evaluated: bool = True) -> None:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        kept = [line for line in lines if _is_kept(line, step, evaluated)]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(temporary, path)
@@ -102,10 +106,11 @@ def _writable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_kept(line: bytes, step: int | None) -> bool:
+def _is_kept(line: bytes, step: int | None, evaluated: bool) -> bool:
     """A whole line of a step up to `step`; a line that a kill cut short is not JSON."""
     try:
-        return step is not None and json.loads(line)["step"] <= step
+        value = json.loads(line)
+        return step is not None and value["step"] <= step and (evaluated or value["step"] < step or "eval" not in value)
     except ValueError:
         return False
 
@@ -177,10 +182,10 @@ class WandB:
         self._run.finish()
 
 
-def open_loggers(run: Run, config: dict[str, Any], step: int | None) -> list[Logger]:
+def open_loggers(run: Run, config: dict[str, Any], step: int | None, evaluated: bool = True) -> list[Logger]:
     """The loggers that a run asks for. step: where it goes on from, None for a new run: later lines are cut off."""
     folder = Path(run.output)
-    loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", step)]
+    loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", step, evaluated)]
     if run.tensorboard:
         loggers.append(TensorBoard(folder / "tensorboard", step))
     if run.wandb:
@@ -196,7 +201,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def console_line(line: dict[str, Any], total_steps: int) -> str:
-    """One training or evaluation line for people."""
+    """One training, evaluation or event line for people."""
     head = f"step {line['step']:>{len(str(total_steps))}}/{total_steps}  {short_count(line['tokens']):>6} tokens"
     if "eval" in line:
         sets = "  ".join(
@@ -205,6 +210,11 @@ def console_line(line: dict[str, Any], total_steps: int) -> str:
         )
         changes = "".join(f"  {name} {line[name]:+.4f}" for name in ("forgetting", "adaptation") if name in line)
         return f"{head}  eval  {sets}{changes}"
+    if "event" in line:
+        event = line["event"]
+        first, end = event["samples"]
+        bad = f"; the loss of {event['not_finite']} is not finite" if event["not_finite"] else ""
+        return f"{head}  skipped ({event['kind']}): samples {first} to {end - 1}{bad}"
     skipped = f"  skipped {line['skipped']}" if line["skipped"] else ""
     return (
         f"{head}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad {line['grad_norm']:.3f}"
@@ -225,7 +235,7 @@ class Console:
         self._line: dict[str, Any] | None = None
 
     def log(self, line: dict[str, Any]) -> None:
-        """A training or evaluation line."""
+        """A training, evaluation or event line."""
         if not self._shown:
             return
         if "loss" in line:

@@ -24,6 +24,7 @@ class AdamW(torch.optim.AdamW):
     reduce: what is done to the sum of squares of this process's gradients before it is the norm's; a process that holds
     shards sets it to a sum over processes. whole: what is done to the gradients before they are squared; where the norm
     must not depend on how they are sharded, they are put together.
+    veto: of the scaled gradient's norm, whether to skip the step all the same; all processes must decide alike.
 
     Raises UserError where the kernels that were asked for cannot run.
     """
@@ -55,6 +56,7 @@ class AdamW(torch.optim.AdamW):
         self.kernels = kernels or moments != torch.float32 or elementwise
         self.reduce: Callable[[Tensor], Tensor] = lambda square: square
         self.whole: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients
+        self.veto: Callable[[Tensor], Tensor] | None = None
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self.count = torch.zeros((), device=device)  # of updates by the kernels; torch has one for each parameter
@@ -69,8 +71,8 @@ class AdamW(torch.optim.AdamW):
     def clipped_step(self, lr: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """One update at rate `lr` by gradients times `scale`, their norm limited to `clip`; gradients are freed.
 
-        Returns (norm of the scaled gradient before clipping, 1.0 if it was not finite and the step was skipped else
-        0.0), fp32 scalars on the device.
+        Returns (norm of the scaled gradient before clipping, 1.0 if the step was skipped, since it was not finite or by
+        the veto, else 0.0), fp32 scalars on the device.
         """
         norm, skipped = (self._step_by_kernels if self.kernels else self._step_by_torch)(lr, scale)
         self.zero_grad(set_to_none=True)
@@ -82,7 +84,8 @@ class AdamW(torch.optim.AdamW):
         squared = self.whole(gradients)
         square = square_by_products(squared) if cpu else torch.nn.utils.get_total_norm(squared).square()
         norm = self.reduce(square).sqrt() * scale
-        self.found_inf = (~torch.isfinite(norm)).float()
+        finite = torch.isfinite(norm)
+        self.found_inf = (~finite if self.veto is None else ~finite | self.veto(norm)).float()
         self.grad_scale = torch.clamp(norm / self.config.clip, min=1.0) / scale
         for group in self.param_groups:
             group["lr"] = lr
@@ -99,12 +102,15 @@ class AdamW(torch.optim.AdamW):
         square = self.reduce(gradient_square(self.whole([p.grad for p in self.parameters if p.grad is not None])))
         parameters, gradients, exp_avgs, exp_avg_sqs, decays = (list(column) for column in zip(*rows))
         beta1, beta2 = self.config.betas
+        true_norm = square.sqrt() * scale
+        if self.veto is not None:
+            square = torch.where(self.veto(true_norm), torch.inf, square)  # what the kernel skips
         step = adamw_reference if self.elementwise and square.device.type == "cpu" else adamw_step
-        return step(
+        norm, skipped = step(
             parameters, gradients, exp_avgs, exp_avg_sqs, decays, self.count,
-            lr=lr, betas=(beta1, beta2), eps=self.config.eps, clip=self.config.clip, scale=scale,
-            square=square,
+            lr=lr, betas=(beta1, beta2), eps=self.config.eps, clip=self.config.clip, scale=scale, square=square,
         )  # fmt: skip
+        return (norm if self.veto is None else true_norm), skipped
 
     @property
     def _counts(self) -> list[Tensor]:

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, by rank."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
     def on_first(self, function: Callable[[], Any]) -> Any:
         """Runs `function` on the first process and returns its value on every one; a UserError is raised on every one."""
         value: Any = None
@@ -56,8 +65,11 @@ class World:
         return value
 
 
-def start(parallel: str) -> World:
-    """Joins torchrun's group if there is one. Raises UserError where the launch and `train.parallel` disagree."""
+def start(parallel: str, timeout: float = 1800.0) -> World:
+    """Joins torchrun's group if there is one. timeout: seconds until a process that is missing from it is an error.
+
+    Raises UserError where the launch and `train.parallel` disagree.
+    """
     size, rank, local_rank = (int(os.environ.get(name, value)) for name, value in
                               (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
     gpus = torch.cuda.device_count()
@@ -77,7 +89,9 @@ def start(parallel: str) -> World:
     if gpus:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
+        dist.init_process_group(
+            "nccl" if gpus else "gloo", timeout=timedelta(seconds=timeout), device_id=device if gpus else None
+        )
     return World(rank, size, device)
 
 
@@ -101,3 +115,10 @@ def fill_(parameter: Tensor, value: Tensor) -> None:
             value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
     parameter.copy_(value)
+
+
+def to_device(ids: Tensor, device: torch.device) -> Tensor:
+    """(B, T+1) uint16 or int32 in host memory -> int64 on the device; ids travel in the width that they have on disk."""
+    if ids.dtype == torch.uint16:
+        return ids.view(torch.int16).to(device, non_blocking=True).long() & 0xFFFF
+    return ids.to(device, non_blocking=True).long()

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastcpt import checkpoint, lineage
 from fastcpt.config import Config, to_dict, to_yaml
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
+from fastcpt.guard import Guard
 from fastcpt.integrity import sha256_json
 from fastcpt.layout import Layout
 from fastcpt.model import GPTNeoX
@@ -42,9 +44,12 @@ class State:
     interval: Tensor
     # Steps skipped in all, and in a row until now, int64 on the device.
     skipped: Tensor
+    guard: Guard
     step: int = 0
     samples: int = 0
     start_losses: dict[str, float] = field(default_factory=dict)  # of each validation set, before the first step
+    unevaluated: bool = False  # this step's evaluation is due, and a signal came before its end
+    checked: int = 0  # the step at which replicas were known to be the same
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +76,14 @@ def named_tensors(state: State) -> dict[str, Tensor]:
     return tensors
 
 
+def local_tensors(state: State) -> dict[str, Tensor]:
+    """`named_tensors`, of sharded ones this process's part."""
+    return {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in named_tensors(state).items()
+    }
+
+
 def save(state: State) -> Path:
     """Starts to write a checkpoint of this step, in the background: `state.saver.wait()` returns when it is on disk.
 
@@ -78,8 +91,6 @@ def save(state: State) -> Path:
     Raises what the save before met.
     """
     config, world = state.config, state.world
-    # One value for the run: the sum goes to the first process, from here on and after a resume alike.
-    world.sum_(state.interval)
     first_set = next(iter(state.mixture.sets.values()))
     data = {
         "samples": state.samples,
@@ -103,13 +114,14 @@ def save(state: State) -> Path:
         "data": data,
         "history": state.history,
         "start_losses": state.start_losses,
-        "interval": state.interval.tolist(),
+        "unevaluated": state.unevaluated,
+        # Of each process: sums in another order would differ in their last bits from those of a run without this save.
+        "interval": world.gather(state.interval.tolist()),
         "skipped": state.skipped.tolist(),
+        "spikes": state.guard.spikes.to_dict() if state.guard.spikes else None,
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         "config": to_dict(config),
     }
-    if not world.first:
-        state.interval.zero_()
     files = {
         "config.yaml": to_yaml(config).encode(),
         "tokenizer.json": (first_set.path / "tokenizer.json").read_bytes(),
@@ -136,10 +148,16 @@ def load_(state: State) -> None:
         state.optimizer.set_updates(values["adam_updates"])
     if origin.keeps_position:
         state.step, state.samples = values["step"], values["data"]["samples"]
+        state.checked = state.step
     if origin.kind == "resume":
-        state.start_losses = values["start_losses"]
-        if world.first:
-            state.interval.copy_(torch.tensor(values["interval"], dtype=torch.float64))
+        state.start_losses, state.unevaluated = values["start_losses"], values["unevaluated"]
+        parts = torch.tensor(values["interval"], dtype=torch.float64)
+        if len(parts) == world.size:
+            state.interval.copy_(parts[world.rank])
+        elif world.first:
+            state.interval.copy_(parts.sum(0))
         state.skipped.copy_(torch.tensor(values["skipped"]))
+        if state.guard.spikes is not None:
+            state.guard.spikes.load_(values["spikes"])
         rng = np.frombuffer(base64.b64decode(values["rng"]), np.uint8)
         torch.set_rng_state(torch.from_numpy(rng.copy()))

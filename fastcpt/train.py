@@ -15,10 +15,13 @@ import sys
 if __name__ == "__main__" and sys.path and sys.path[0].rstrip("/").endswith("fastcpt"):
     del sys.path[0]  # torchrun put this file's folder first, where our modules would answer to other packages' names
 
+import contextlib
+import faulthandler
 import gc
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,36 +29,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcpt import UserError, checkpoint, evaluation, hf, layout, lineage, memory, metrics, parallel, saving
+from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel, replicas, saving
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
 from fastcpt.execution import Execution
+from fastcpt.guard import Guard, Spikes
 from fastcpt.layout import Layout
 from fastcpt.loss import sums_by_source
-from fastcpt.model import Architecture, GPTNeoX
+from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
-from fastcpt.parallel import World
-from fastcpt.state import State, load_, named_tensors, save
+from fastcpt.replicas import Drifted
+from fastcpt.signals import Preempted
+from fastcpt.state import State, load_, local_tensors, named_tensors, save
 from fastcpt.trees import Tree, order
+from fastcpt.watch import Watch
 
 MAX_SKIPPED_IN_A_ROW = 5
+# Times run.timeout: an operation of all processes fails by itself only where `watch.py` did not see it.
+GROUP_TIMEOUT = 6
 
 
 class Diverged(Exception):
-    """Gradients were not finite several steps in a row. Exit code 3."""
+    """Several steps in a row were skipped. Exit code 3."""
+
+
+# What all processes raise together, and how they then exit.
+CODES: dict[type[BaseException], int] = {Diverged: 3, Drifted: 4, Preempted: 75}
 
 
 def setup(config: Config) -> State:
     """Everything that a run needs, at the step where it starts or goes on. Raises UserError for what cannot be run."""
-    world = parallel.start(config.train.parallel)
+    world = parallel.start(config.train.parallel, GROUP_TIMEOUT * config.run.timeout)
     torch.manual_seed(config.train.seed)
     inputs = lineage.prepare(config, world, world.size)
     origin, train = inputs.origin, config.train
     execution = Execution.choose(
         train, world.device, origin.arch.head_width, config.data.seq_len, config.data.document_mask
     )
-    spread = lay_out(config, origin.arch, world)
+    spread = Layout.of(config, origin.arch, world)
     with torch.device("meta"):
         model = GPTNeoX(origin.arch, execution)
     spread.prepare(model, execution.dtype, train.compile)
@@ -83,29 +95,12 @@ def setup(config: Config) -> State:
         {"complete": known["complete"], "seen": seen},
         interval=torch.zeros(len(inputs.mixture.sets), 2, dtype=torch.float64, device=world.device),
         skipped=torch.zeros(2, dtype=torch.int64, device=world.device),
+        guard=Guard(world, Spikes(train.skip_spikes, world.device) if train.skip_spikes else None),
     )  # fmt: skip
     if origin.state is not None:
         load_(state)
     state.forward = spread.finish(model)
     return state
-
-
-def lay_out(config: Config, arch: Architecture, world: World) -> Layout:
-    """How the run is spread over processes. Raises UserError for what cannot be."""
-    train, machine = config.train, layout.local_size(world.size)
-    needed = {shards: sum(memory.of(config, arch, world, shards).values()) for shards in {1, machine, world.size}}
-    room = layout.device_memory(world.device, machine)
-    kind, why = layout.choose(train.parallel, world.size, machine, needed, room)
-    if train.deterministic:
-        sequences = train.batch_tokens // config.data.seq_len
-        if sequences % (world.size * train.micro_batch):
-            raise UserError(
-                f"train.deterministic takes whole micro-batches: {sequences} sequences a step are not a multiple of "
-                f"{world.size} processes x train.micro_batch {train.micro_batch}; lower it"
-            )
-        if config.optim.moments != "fp32":
-            raise UserError("train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random")
-    return Layout.make(kind, why, world, train.deterministic)
 
 
 def pinned(windows_BT: np.ndarray) -> Tensor:
@@ -115,13 +110,6 @@ def pinned(windows_BT: np.ndarray) -> Tensor:
     them by the tensor, so slices are taken of the tensor and not of an array that shares its memory.
     """
     return torch.from_numpy(windows_BT).pin_memory()
-
-
-def to_device(ids: Tensor, device: torch.device) -> Tensor:
-    """(B, T+1) uint16 or int32 in host memory -> int64 on the device; ids travel in the width that they have on disk."""
-    if ids.dtype == torch.uint16:
-        return ids.view(torch.int16).to(device, non_blocking=True).long() & 0xFFFF
-    return ids.to(device, non_blocking=True).long()
 
 
 def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]:
@@ -135,14 +123,16 @@ def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]
     config, world, layout = state.config, state.world, state.layout
     micro_batch, attend = config.train.micro_batch, state.model.execution.attention
     batch = config.train.batch_tokens // config.data.seq_len
-    sources_B = state.mixture.source_numbers(state.samples + layout.share * batch // world.size, len(batch_BT))
+    own = state.samples + layout.share * batch // world.size  # this process's first sample
+    sources_B = state.mixture.source_numbers(own, len(batch_BT))
     totals = torch.zeros_like(state.interval)
     count = -(-len(batch_BT) // micro_batch)
+    losses: list[Tensor] = [totals] * count
     tree = Tree(count) if layout.tree else None
     for number, turn in enumerate(order(count) if tree else range(count)):
         first = turn * micro_batch
         rows_BT = torch.as_tensor(batch_BT)[first : first + micro_batch]
-        window_BT = to_device(rows_BT, world.device)
+        window_BT = parallel.to_device(rows_BT, world.device)
         tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:].contiguous()
         masked = config.data.document_mask
         documents = attend.documents(rows_BT[:, :-1].numpy(), _eod(state), world.device) if masked else None
@@ -151,6 +141,7 @@ def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]
             loss.backward()
         part_B = torch.from_numpy(sources_B[first : first + micro_batch]).to(world.device, non_blocking=True)
         sums = sums_by_source(losses_BT, part_B, len(totals))
+        losses[turn] = losses_BT.detach()
         if tree:
             gradients = layout.gradients(state.model)
             if not layout.sharded:
@@ -164,10 +155,12 @@ def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]
         gradients = layout.gradients(state.model)
     for part, gradient in zip(state.parts.values(), gradients, strict=True):
         part.grad = gradient
+    state.optimizer.veto = state.guard.veto(totals.sum(0))
     # Where gradients are averages over processes, the factor makes them sums.
     scale = (world.size if layout.averages else 1) / config.train.batch_tokens
     norm, skipped = state.optimizer.clipped_step(state.plan.rate(state.step + 1), scale)
     state.step += 1
+    state.guard.record(state.step, state.samples, batch, own, skipped, losses)
     state.samples += batch
     applied = skipped == 0
     if tree is None or world.first:  # in a fixed order the totals are those of all processes
@@ -182,15 +175,16 @@ def _eod(state: State) -> int:
     return next(iter(state.mixture.sets.values())).eod
 
 
-def evaluate(state: State) -> dict[str, Any]:
-    """An evaluation line: every validation set now, and the change since the start."""
+def evaluate(state: State, passing: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """An evaluation line: every validation set now, and the change since the start. passing: see `evaluation.evaluate`."""
     config = state.config
     results = {
         named.name: evaluation.evaluate(
-            state.model, named, config.data.seq_len, config.train.micro_batch, config.data.document_mask, state.world
+            state.model, named, config.data.seq_len, config.train.micro_batch, config.data.document_mask, state.world,
+            passing=passing,
         )
         for named in state.validation
-    }
+    }  # fmt: skip
     if not state.start_losses:
         state.start_losses = {name: entry["loss"] for name, entry in results.items()}
     return {
@@ -225,16 +219,28 @@ def describe(state: State) -> str:
 
 @saving.finishing()
 def train(config: Config) -> State:
-    """The loop. Returns at the last step; started again with the same output it goes on from its newest checkpoint."""
+    """Trains to the last step; started again with the same output it goes on from its newest checkpoint.
+
+    Raises Preempted when a signal came and everything is saved, and those of CODES.
+    """
+    with contextlib.ExitStack() as stack:
+        return _train(config, stack)
+
+
+def _train(config: Config, stack: contextlib.ExitStack) -> State:
+    """The loop."""
     started = time.perf_counter()
     folder = Path(config.run.output)
-    world = parallel.start(config.train.parallel)
+    world = parallel.start(config.train.parallel, GROUP_TIMEOUT * config.run.timeout)
     locks: list[TextIO] = []
     world.on_first(lambda: locks.append(checkpoint.lock(folder)))
+    for lock in locks:
+        stack.callback(lock.close)
+    watch = stack.enter_context(Watch(world, folder, config.run.timeout, CODES))
     state = setup(config)
     run, first = config.run, world.first
     resumed_at = state.step if state.origin.kind == "resume" else None
-    loggers = metrics.open_loggers(run, to_dict(config), resumed_at) if first else []
+    loggers = metrics.open_loggers(run, to_dict(config), resumed_at, not state.unevaluated) if first else []
     if first:
         (folder / "config.yaml").write_text(to_yaml(config))
         print(describe(state), flush=True)
@@ -246,11 +252,60 @@ def train(config: Config) -> State:
             logger.log(line)
         console.log(line)
 
+    def report_events() -> None:
+        for line in state.guard.events(config.data.seq_len):
+            report(line)
+
+    def passing() -> None:
+        if watch.beat(state.step, "evaluating"):
+            raise Preempted
+        watch.ask()
+
+    def evaluated() -> bool:
+        """Does what is due of this step; false if a signal came before its end."""
+        console.busy(state.step, "evaluating")
+        report_events()
+        try:
+            report(evaluate(state, passing))
+        except Preempted:
+            return False
+        state.unevaluated = False
+        return True
+
+    def check_replicas() -> None:
+        if (copies := state.layout.copies()) and state.checked < state.step:
+            ranks, group = copies
+            names = [watch.names[rank] for rank in ranks]
+            replicas.check(local_tensors(state), state.step, state.checked, names, group)
+        state.checked = state.step
+
+    def save_all() -> None:
+        watch.enter(state.step, "saving")
+        console.busy(state.step, "saving")
+        check_replicas()
+        report_events()
+        for logger in loggers:
+            logger.sync()
+        save(state)
+
+    def leave() -> None:
+        """A signal came: saves, and ends."""
+        pause = time.perf_counter()
+        save_all()
+        state.saver.wait()
+        for logger in loggers:
+            logger.close()
+        message = f"preempted at step {state.step}, saved in {time.perf_counter() - pause:.1f} s"
+        if first:
+            print(message, flush=True)
+        raise Preempted(message)
+
     warmup_end = state.plan.first + state.plan.warmup
     peak = metrics.peak_flops(world.device, state.model.execution.dtype) * world.size
     flops = metrics.flops_per_token(state.model.arch, config.data.seq_len)
-    if state.step == state.plan.first and state.validation:
-        report(evaluate(state))
+    state.unevaluated |= bool(state.validation) and state.step == state.plan.first
+    if state.unevaluated and not evaluated():
+        leave()
     batch = config.train.batch_tokens // config.data.seq_len
     steps = state.last_step - state.step
     if steps:
@@ -258,14 +313,18 @@ def train(config: Config) -> State:
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
     ready = {"ready": pinned} if world.device.type == "cuda" else {}
     ahead = batches(state.mixture, state.samples, steps, batch, state.layout.share, world.size, **ready)
+    watch.enter(state.step, "compiling" if config.train.compile else "training")
     for windows in console.follow(ahead, state.step):
+        watch.ask()
         result = train_step(state, windows)
         state.saver.poll()
+        stop = watch.beat(state.step, "training")
         last = state.step == state.last_step
         if gc.get_freeze_count() == 0:
             gc.collect()  # what lives from here on lives long: later collections need not look at it
             gc.freeze()
         if state.step % run.log_every == 0 or last:
+            report_events()
             by_source = world.sum_(state.interval).tolist()  # the one wait for the device of an interval
             state.interval.zero_()
             skipped, in_a_row = state.skipped.tolist()
@@ -285,32 +344,40 @@ def train(config: Config) -> State:
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(
                     f"step {state.step}: gradients were not finite {in_a_row} steps in a row; lower optim.lr"
+                    if not config.train.skip_spikes
+                    else f"step {state.step}: {in_a_row} steps in a row were skipped, not finite or spikes (metrics.jsonl "
+                    "says which); lower optim.lr, or raise train.skip_spikes"
                 )
             if world.device.type == "cpu":  # others may have had the cores when it was first measured
                 peak = max(peak, metrics.peak_flops(world.device, state.model.execution.dtype) * world.size)
             clock, clock_step = time.perf_counter(), state.step
         pause = time.perf_counter()
-        if state.validation and evaluation.is_due(state.step, state.last_step, run.eval_every, warmup_end):
-            console.busy(state.step, "evaluating")
-            report(evaluate(state))
+        state.unevaluated = bool(state.validation) and evaluation.is_due(
+            state.step, state.last_step, run.eval_every, warmup_end
+        )
+        if state.unevaluated and not stop:
+            stop = not evaluated()
+        if stop and (state.unevaluated or not last):
+            leave()
         if state.step % run.save_every == 0 or last:
-            console.busy(state.step, "saving")
-            for logger in loggers:
-                logger.sync()
-            save(state)
+            save_all()
+        elif run.check_every and state.step % run.check_every == 0:
+            check_replicas()
+        watch.enter(state.step, "training")
         clock += time.perf_counter() - pause
     state.saver.wait()
     if first and steps == 0:
         print(f"{folder}: complete at step {state.step}")
     for logger in loggers:
         logger.close()
-    for lock in locks:
-        lock.close()
     return state
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line's `train`; returns the exit code."""
+    faulthandler.enable(
+        sys.__stderr__ or 2
+    )  # a process that dies in C, of a mapped file that shrank for one, says where
     first = os.environ.get("RANK", "0") == "0"
     try:
         train(parse(sys.argv[1:] if arguments is None else arguments))
@@ -318,10 +385,12 @@ def main(arguments: list[str] | None = None) -> int:
         if first:
             print(f"fastcpt: {error}", file=sys.stderr)
         return 2
-    except Diverged as error:
+    except Preempted:
+        return CODES[Preempted]
+    except (Diverged, Drifted) as error:
         if first:
             print(f"fastcpt: {error}", file=sys.stderr)
-        return 3
+        return CODES[type(error)]
     finally:
         parallel.stop()
     return 0

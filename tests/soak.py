@@ -1,4 +1,4 @@
-"""Many random trials against preparation, shards and checkpoints, until a count is reached; a tally of what happened.
+"""Many random trials against preparation, shards, checkpoints and training, until a count is reached; a tally.
 
     python tests/soak.py WHAT --count N --seed S FOLDER      WHAT: see KINDS, or all of them
 
@@ -26,8 +26,10 @@ from typing import Any
 import soak_checkpoints
 import soak_corruptions
 import soak_files
+import soak_hangs
 import soak_kills
 import soak_lines
+import soak_signals
 import soak_stock
 
 KINDS: dict[str, ModuleType] = {
@@ -37,6 +39,8 @@ KINDS: dict[str, ModuleType] = {
     "kills": soak_kills,
     "checkpoints": soak_checkpoints,
     "stock": soak_stock,
+    "signals": soak_signals,
+    "hangs": soak_hangs,
 }
 COUNTS = {
     "lines": 10_000_000,
@@ -45,6 +49,8 @@ COUNTS = {
     "kills": 200,
     "checkpoints": 10_000,
     "stock": 1_000,
+    "signals": 100,
+    "hangs": 100,
 }
 MOST_FAILURES = 10
 ADDRESS_SPACE = 16 << 30  # a file that asks for more memory gets an error, not the machine

@@ -198,6 +198,9 @@ OVERRIDES: dict[str, tuple[str, Any]] = {
     "run.keep_every": ("4000", 4000),
     "run.tensorboard": ("false", False),
     "run.wandb": ("project", "project"),
+    "run.timeout": ("60", 60.0),
+    "run.check_every": ("100", 100),
+    "train.skip_spikes": ("6", 6.0),
 }
 
 
@@ -341,6 +344,9 @@ BRANCH = {"from_": "runs/a", "branch": True}
         ({"run": {"save_every": 0}}, "run.save_every is 0"),
         ({"run": {"keep": 0}}, "run.keep is 0"),
         ({"run": {"keep_every": -1}}, "run.keep_every is -1"),
+        ({"run": {"timeout": 0.0}}, "run.timeout 0.0 must be above 0 seconds"),
+        ({"run": {"check_every": -1}}, "run.check_every is -1"),
+        ({"train": {"skip_spikes": -1.0}}, "train.skip_spikes -1.0 must be a number from 0 on"),
         ({"run": {"eval_tokens": Count(0)}}, "run.eval_tokens is 0"),
         ({"train": {"batch_tokens": Count(17)}}, "train.batch_tokens 17 is not a multiple of data.seq_len 16"),
         ({"train": {"batch_tokens": Count(8)}}, "train.batch_tokens 8 is not a multiple"),
@@ -391,10 +397,11 @@ data.train data.train[].name data.train[].path data.train[].weight data.train[].
 data.val data.val[].name data.val[].path data.val[].role
 data.seq_len data.document_mask data.reader
 train.tokens train.batch_tokens train.micro_batch train.seed train.parallel train.deterministic train.compile train.precision
-train.kernels train.loss train.attention
+train.kernels train.loss train.attention train.skip_spikes
 optim.lr optim.betas optim.eps optim.weight_decay optim.clip optim.moments
 schedule.kind schedule.warmup schedule.min_lr_ratio
 run.output run.log_every run.eval_every run.eval_tokens run.save_every run.keep run.keep_every run.tensorboard run.wandb
+run.timeout run.check_every
 """
 
 

@@ -40,6 +40,8 @@ def start(*arguments: Any) -> subprocess.CompletedProcess[str]:
         ("corruptions", 100, "corruptions"),
         ("kills", 2, "kills"),
         ("checkpoints", 100, "corruptions"),
+        ("signals", 3, "signals"),
+        ("hangs", 6, "hangs"),
     ],
 )
 def test_no_trial_fails(tmp_path: Path, what: str, count: int, counted: str) -> None:
