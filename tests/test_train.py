@@ -17,6 +17,7 @@ from fastcpt.config import Config, Count, Source, ValidationSet
 from fastcpt.data import Mixture, batches
 from fastcpt.metrics import TIMING_FIELDS
 from fastcpt.model import Architecture
+from fastcpt.parallel import to_device
 from fastcpt.state import named_tensors
 
 SEQ_LEN, BATCH = 16, 6
@@ -507,10 +508,10 @@ def test_ids_travel_narrow_and_out_of_the_tensor_that_was_pinned(dtype: type, mo
             return function(*arguments, **options)
 
     with Copies():
-        moved = parallel.to_device(host[2:4], torch.device("meta"))
+        moved = to_device(host[2:4], torch.device("meta"))
     assert (moved.dtype, moved.shape) == (torch.int64, (2, 9))
     assert copies == [(host.untyped_storage()._cdata, np.dtype(dtype).itemsize, True)]
-    assert np.array_equal(parallel.to_device(host[2:4], torch.device("cpu")).numpy(), windows[2:4].astype(np.int64))
+    assert np.array_equal(to_device(host[2:4], torch.device("cpu")).numpy(), windows[2:4].astype(np.int64))
 
 
 def test_a_step_takes_windows_as_an_array_or_a_tensor(make_config: Callable) -> None:
