@@ -3,6 +3,7 @@
 import argparse
 import io
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -312,7 +313,10 @@ def configured_help(command: str) -> str:
         section, _, rest = name.partition(".")
         if "[]" not in rest:
             sections.setdefault(section, []).append(rest)
-    lines = [f"  --{section + '.':<10} {' '.join(names)}" for section, names in sections.items()]
+    lines = [
+        textwrap.fill(" ".join(names), 110, initial_indent=f"  --{section + '.':<10} ", subsequent_indent=" " * 15)
+        for section, names in sections.items()
+    ]
     usage = {
         "train": (
             "usage: fastcpt train --config FILE [--section.field VALUE ...]",
@@ -320,7 +324,7 @@ def configured_help(command: str) -> str:
             "", "Started again with the same run.output, a run goes on from its newest checkpoint.",
         ),
         "plan": (
-            "usage: fastcpt plan --config FILE [--processes N] [--section.field VALUE ...]",
+            "usage: fastcpt plan --config FILE [--processes N] [--per-machine M] [--memory GIB] [--section.field VALUE ...]",
             "", "Tokens, steps, epochs, memory, checkpoints, the learning-rate curve, warnings. Nothing is written.",
         ),
     }[command]  # fmt: skip
@@ -332,7 +336,7 @@ def configured_help(command: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a mistake of the user's (one line says which), 3 training diverged."""
+    """Exit codes: 0 done, 2 a mistake of the user's (one line says which), others of training (`train.CODES`)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # decoded text on a terminal that cannot show it

@@ -101,7 +101,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # one without would say its file and nothing else
+            error.filename = error.filename or str(path)
         raise
 
 
