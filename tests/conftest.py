@@ -221,8 +221,8 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
         " rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']))\n"
     )
 
-    # A process that ends with gloo's threads at work may abort.
-    leave = "\nif dist.is_initialized():\n    dist.destroy_process_group()\n"
+    # A process whose interpreter ends while gloo's threads still live (something holds a group) may abort.
+    leave = "\nif dist.is_initialized():\n    dist.destroy_process_group()\nsys.stdout.flush()\nos._exit(0)\n"
 
     def run(script: str, size: int, *arguments: Any) -> list[str]:
         store = tmp_path / "store"
