@@ -226,6 +226,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
 
     def run(script: str, size: int, *arguments: Any) -> list[str]:
         store = tmp_path / "store"
+        store.unlink(missing_ok=True)  # of an earlier call
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", join + script + leave, str(store), *map(str, arguments)],

@@ -101,7 +101,6 @@ def trained(
         file = tmp_path / f"config{calls[0]}.yaml"
         file.write_text(json.dumps(made))
         told = json.dumps({"machine": machine, "arguments": ["--config", str(file)]})
-        (tmp_path / "store").unlink(missing_ok=True)
         printed = run_ranks(TRAIN, size, told, str(tmp_path / f"out{calls[0]}"))
         whole = [torch.load(tmp_path / f"out{calls[0]}-{rank}") for rank in range(size)]
         for other in whole[1:]:
@@ -172,7 +171,6 @@ def test_a_run_goes_on_with_any_number_of_processes_in_any_layout(
         told = {
             "machine": machine, "stop": stop, "out": str(tmp_path / f"{output}.pt"), "arguments": ["--config", str(file)],
         }  # fmt: skip
-        (tmp_path / "store").unlink(missing_ok=True)
         return [
             entry for line in run_ranks(CHAIN, size, json.dumps(told)) for entry in json.loads(line.splitlines()[-1])
         ]
