@@ -89,7 +89,7 @@ def ledger(inputs: list[Input], records: list[dict[str, Any]]) -> "pa.Table":
     # By way of JSON: for Python's objects Arrow imports pandas, where there is one, in an eighth of a second.
     text = "\n".join(map(json.dumps, rows)).encode()
     form = pyarrow.json.ParseOptions(explicit_schema=_ledger_schema(), unexpected_field_behavior="error")
-    return pyarrow.json.read_json(io.BytesIO(text), parse_options=form) if rows else _ledger_schema().empty_table()
+    return pyarrow.json.read_json(io.BytesIO(text), parse_options=form)
 
 
 def set_names(records: list[dict[str, Any]], job: Job) -> list[str]:

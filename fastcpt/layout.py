@@ -5,7 +5,8 @@
     fsdp    every process holds a share of each parameter; a block's are gathered while it is computed
     hsdp    shards within a machine, copies of them on each machine
 
-Parameters are sharded in fp32, gathered in the compute dtype, and gradients reduced in fp32. The optimizer works on
+Parameters are sharded in fp32 and gathered in the compute dtype, in which their gradients come; these are reduced in
+fp32. The optimizer works on
 plain local tensors in every layout (`Layout.locals`).
 """
 
@@ -141,11 +142,12 @@ class Layout:
         """Whether gradients come as an average over processes, and not as a sum."""
         return self.sharded or (self.kind == "ddp" and not self.tree)
 
-    def prepare(self, model: GPTNeoX, dtype: torch.dtype, compile_: bool) -> nn.Module:
-        """Compiles and shards a model that has no storage yet; returns what is called in training (`finish` goes on).
+    def prepare(self, model: GPTNeoX, dtype: torch.dtype, compile_: bool) -> None:
+        """Compiles and shards a model that has no storage yet; `finish` goes on when it has its values.
 
         One process compiles all of it, several block by block, so that communication overlaps the backward pass. In a
-        fixed order everything is computed in fp32 weights, block by block, by any number of processes.
+        fixed order any number of processes compiles block by block, and shards are gathered in fp32: norms, which are not
+        cast, would else be computed with rounded weights.
         """
         if compile_:
             torch._dynamo.config.recompile_limit = 64  # beyond it a graph that must be whole is an error
@@ -161,7 +163,6 @@ class Layout:
                 fully_shard(module, mesh=self.mesh, mp_policy=policy)
                 if self.tree:
                     module.set_custom_reduce_scatter(_TreeReduceScatter())
-        return model
 
     def finish(self, model: GPTNeoX) -> nn.Module:
         """What is called in training, of a model whose parameters have their values."""
@@ -189,7 +190,7 @@ class Layout:
         return contextlib.nullcontext()
 
     def gradients(self, model: GPTNeoX) -> list[Tensor]:
-        """Takes this process's part of each gradient out of the model, summed over processes if `tree`."""
+        """Takes this process's part of each gradient out of the model."""
         taken = []
         for parameter in model.parameters():
             gradient = parameter.grad

@@ -375,9 +375,8 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line's `train`; returns the exit code."""
-    faulthandler.enable(
-        sys.__stderr__ or 2
-    )  # a process that dies in C, of a mapped file that shrank for one, says where
+    # A process that dies in C, of a mapped file that shrank for one, says where.
+    faulthandler.enable(sys.__stderr__ or 2)
     first = os.environ.get("RANK", "0") == "0"
     try:
         train(parse(sys.argv[1:] if arguments is None else arguments))
@@ -397,4 +396,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.leave(main())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcpt import UserError, layout, memory, metrics, trees
+from fastcpt import UserError, layout, memory, metrics, parallel, trees
 from fastcpt.model import PRESETS
 
 STEPS = 3
@@ -75,6 +75,27 @@ print(json.dumps(seen))
 """
 
 
+def write_config(folder: Path, output: str, **train: Any) -> Path:
+    """A configuration of a tiny model; eps is large: see the test of the layouts."""
+    made = {
+        "model": {"layers": 2, "width": 24, "heads": 3, "vocab_size": 67},
+        "data": {
+            "train": [{"name": name, "path": str(folder / name), "weight": 1} for name in "ab"],
+            "val": [{"name": "a", "path": str(folder / "a"), "role": "upstream"}],
+            "seq_len": 16,
+        },
+        "train": {"micro_batch": 2, "compile": False, "precision": "fp32", **train},
+        "optim": {"lr": 1e-2, "clip": 0.5, "eps": 1e-3},
+        "run": {
+            "output": str(folder / output), "tensorboard": False, "save_every": 1, "log_every": 1, "eval_every": 4,
+            "eval_tokens": 5 * 16,
+        },
+    }  # fmt: skip
+    file = folder / f"{output}.yaml"
+    file.write_text(json.dumps(made))
+    return file
+
+
 @pytest.fixture
 def trained(
     tmp_path: Path, run_ranks: Callable, write_shards: Callable, random_documents: Callable
@@ -84,22 +105,9 @@ def trained(
     write_shards(tmp_path / "b", random_documents(2, 200))
     calls = [0]
 
-    def run(size: int, machine: int, width: int = 24, **fields: Any) -> Any:
+    def run(size: int, machine: int, **fields: Any) -> Any:
         calls[0] += 1
-        made = {
-            "model": {"layers": 2, "width": width, "heads": 3, "vocab_size": 67},
-            "data": {
-                "train": [{"name": name, "path": str(tmp_path / name), "weight": 1} for name in "ab"], "seq_len": 16,
-            },
-            "train": {
-                "tokens": STEPS * 16 * 16, "batch_tokens": 16 * 16, "micro_batch": 2, "compile": False,
-                "precision": "fp32", **fields,
-            },
-            "optim": {"lr": 1e-2, "clip": 0.5, "eps": 1e-3},
-            "run": {"output": str(tmp_path / f"run{calls[0]}"), "tensorboard": False},
-        }  # fmt: skip
-        file = tmp_path / f"config{calls[0]}.yaml"
-        file.write_text(json.dumps(made))
+        file = write_config(tmp_path, f"run{calls[0]}", tokens=STEPS * 16 * 16, batch_tokens=16 * 16, **fields)
         told = json.dumps({"machine": machine, "arguments": ["--config", str(file)]})
         printed = run_ranks(TRAIN, size, told, str(tmp_path / f"out{calls[0]}"))
         whole = [torch.load(tmp_path / f"out{calls[0]}-{rank}") for rank in range(size)]
@@ -133,6 +141,18 @@ def test_every_layout_computes_what_one_process_does(trained: Callable, compiled
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not parallel.has_bf16(torch.device("cpu")), reason="no bf16 instructions here")
+def test_shards_are_gathered_in_bf16(trained: Callable) -> None:
+    """Matrices are rounded to bf16 in any case, the weights of norms only when they are gathered. At first these are 0 and
+    1, which are exact, so that the first loss is; later each of the 5 norms may be off by a relative 2^-9, and so may
+    gradients, which come in the dtype of what was gathered."""
+    ((alone,), _), ((said, *_), _) = trained(1, 1, precision="bf16"), trained(2, 2, parallel="fsdp", precision="bf16")
+    assert np.isclose(said["losses"][0], alone["losses"][0], rtol=1e-6, atol=0)
+    for key in ("losses", "norms"):
+        assert said[key][1:] != alone[key][1:]
+        assert np.allclose(said[key], alone[key], rtol=5 * 2**-9, atol=0)
+
+
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_sums_in_a_fixed_order_are_the_same_bits(trained: Callable, micro_batch: int) -> None:
     same = {"deterministic": True, "micro_batch": micro_batch}
@@ -154,20 +174,9 @@ def test_a_run_goes_on_with_any_number_of_processes_in_any_layout(
         write_shards(tmp_path / name, random_documents(seed, 200))
 
     def run(output: str, size: int, machine: int, kind: str, stop: int | None) -> list[list[Any]]:
-        made = {
-            "model": {"layers": 2, "width": 24, "heads": 3, "vocab_size": 67},
-            "data": {
-                "train": [{"name": name, "path": str(tmp_path / name), "weight": 1} for name in "ab"], "seq_len": 16,
-            },
-            "train": {
-                "tokens": 10 * 8 * 16, "batch_tokens": 8 * 16, "micro_batch": 2, "compile": False, "precision": "fp32",
-                "parallel": kind, "deterministic": True,
-            },
-            "optim": {"lr": 1e-2},
-            "run": {"output": str(tmp_path / output), "tensorboard": False, "save_every": 1, "log_every": 1},
-        }  # fmt: skip
-        file = tmp_path / "config.yaml"
-        file.write_text(json.dumps(made))
+        file = write_config(
+            tmp_path, output, tokens=10 * 8 * 16, batch_tokens=8 * 16, parallel=kind, deterministic=True
+        )
         told = {
             "machine": machine, "stop": stop, "out": str(tmp_path / f"{output}.pt"), "arguments": ["--config", str(file)],
         }  # fmt: skip
@@ -200,6 +209,10 @@ def test_a_run_goes_on_with_any_number_of_processes_in_any_layout(
     ]
     told = [[(line["step"], line["loss"], line["grad_norm"]) for line in each if "loss" in line] for each in lines]
     assert told[0] == told[1]
+    # Five windows: of four processes with two at once the last has none, and must compute all the same.
+    evaluated = [[(line["step"], line["eval"]["a"]["loss"]) for line in each if "eval" in line] for each in lines]
+    assert [step for step, _ in evaluated[0]] == [step for step, _ in evaluated[1]] and len(evaluated[0]) > 2
+    assert np.allclose([loss for _, loss in evaluated[0]], [loss for _, loss in evaluated[1]], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("count", range(1, 25))
