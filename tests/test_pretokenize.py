@@ -774,6 +774,7 @@ def test_killed_server_of_workers_is_reported_and_another_started() -> None:
         os.kill(server, signal.SIGSTOP)
         threading.Timer(0.5, os.kill, (server, signal.SIGKILL)).start()
         list(engine(abs, [1, 2]))
+    os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)  # its pipes close before it is seen to have ended
     with engines.local(2) as engine:
         assert sorted(engine(abs, [-1, -2])) == [1, 2]
 
