@@ -125,7 +125,7 @@ class Worker:
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         # Run as a script: no package's folder is put on its path, and the rival's interpreter needs no fastcpt.
         script = Path(train_rivals.__file__)
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
             [python, str(script), name, str(folder), str(device)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.log, text=True, env={**os.environ, **threads, "TORCHINDUCTOR_CACHE_DIR": str(cache)},

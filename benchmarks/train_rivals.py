@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Step = Callable[[int], float]  # the number of a batch -> the mean loss of its step

@@ -2,7 +2,7 @@
 
 from fastcpt import metrics
 from fastcpt.config import Config
-from fastcpt.kernels.linear_cross_entropy import CPU_ROWS, GPU_ROWS
+from fastcpt.kernels.linear_cross_entropy import ROWS
 from fastcpt.model import Architecture
 from fastcpt.parallel import World
 
@@ -63,7 +63,7 @@ def parts(
     logits = (size if kernels else 12) * tokens * arch.vocab_size
     if loss_blocks:
         kept = size * tokens * arch.width + 4 * head
-        rows = min(tokens, GPU_ROWS if kernels else CPU_ROWS)
+        rows = min(tokens, ROWS)
         logits = kept + max(kept, size * rows * arch.vocab_size + (2 * head if bf16 else 0))
     share = -(-parameters // shards)
     outer = 2 * head + 2 * arch.width

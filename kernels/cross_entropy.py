@@ -207,13 +207,17 @@ def _cpu_block_(
     x_NV = logits_NV[:, :columns]
     target_logit_N1 = x_NV.gather(1, targets_N1)
     maximum_N1 = x_NV.amax(1, keepdim=True)
-    x_NV.sub_(maximum_N1).exp_()
-    sum_N1 = x_NV.sum(1, keepdim=True)
-    log_sum_N1 = sum_N1.log()
+    # One pass, where exp, sum and a product are three. The largest share is exp(0) / sum.
+    if x_NV.is_contiguous():
+        torch.softmax(x_NV, 1, out=x_NV)
+    else:
+        x_NV.copy_(torch.softmax(x_NV, 1))
+    log_sum_N1 = -x_NV.amax(1, keepdim=True).log()
     lse_N1 = maximum_N1 + log_sum_N1
     losses_N1 = log_sum_N1 - (target_logit_N1 - maximum_N1) + z_loss * lse_N1.square()
     if gradient:
-        x_NV.mul_((1 + 2 * z_loss * lse_N1) / sum_N1)
+        if z_loss:
+            x_NV.mul_(1 + 2 * z_loss * lse_N1)
         x_NV.scatter_add_(1, targets_N1, x_NV.new_full(targets_N1.shape, -1.0))
         logits_NV[:, columns:] = 0
         if ignored_N.any():

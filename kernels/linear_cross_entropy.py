@@ -10,7 +10,8 @@ The sum of the losses takes the gradients in the forward pass: three matrix prod
 do not know yet what their gradients will be multiplied with, and make the logits again in the backward pass: four.
 
 On a GPU this is a tool for memory, not for speed: the plain way's products are larger and its weight gradient is summed
-inside of one product. On CPU it is one for speed: a block's logits are still in the cache when they are read again.
+inside of one product. On CPU it is one for speed: what the plain way keeps in fp32, and clears before it is written, is
+one buffer here that stays.
 
 Shapes: N rows (tokens), D width, V columns (vocabulary, padding included).
 """
@@ -20,8 +21,7 @@ from torch import Tensor
 
 from fastcpt.kernels import cross_entropy, launch
 
-# Rows of a block: on a GPU enough for a matrix product at full rate, on CPU as few as its products bear.
-GPU_ROWS, CPU_ROWS = 2048, 512
+ROWS = 2048  # of a block: enough for a matrix product at full rate
 
 
 def linear_cross_entropy_reference(
@@ -47,32 +47,32 @@ def _blocks(
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,) fp32 and, with `gradients`, dx (N, D) and dW (V, D) of the sum of the losses times `gradient_N`."""
-    rows = GPU_ROWS if launch.on_triton(x_ND) else CPU_ROWS
     weight_VD = weight_VD.to(x_ND.dtype)
     losses_N = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
     dx_ND = torch.empty_like(x_ND if gradients else x_ND[:0], memory_format=torch.contiguous_format)
-    dw_VD = torch.zeros_like(weight_VD if gradients else weight_VD[:0], dtype=torch.float32)
-    buffer_NV = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0])  # one for all: fresh memory is slow on CPU
-    for start in range(0, x_ND.shape[0], rows):
-        part = slice(start, start + rows)
+    empty = torch.empty_like if x_ND.shape[0] else torch.zeros_like
+    dw_VD = empty(weight_VD if gradients else weight_VD[:0], dtype=torch.float32)
+    buffer_NV = x_ND.new_empty(min(ROWS, x_ND.shape[0]), weight_VD.shape[0])  # one for all: fresh memory is slow on CPU
+    for start in range(0, x_ND.shape[0], ROWS):
+        part = slice(start, start + ROWS)
         logits_NV = torch.mm(x_ND[part], weight_VD.T, out=buffer_NV[: x_ND.shape[0] - start])
         losses_N[part] = cross_entropy.forward(logits_NV, targets_N[part], *options, gradients)[0]
         if gradients:
             if gradient_N is not None:
                 cross_entropy.scale_rows(logits_NV, gradient_N[part])
             torch.mm(logits_NV, weight_VD, out=dx_ND[part])
-            _add_product(dw_VD, logits_NV.T, x_ND[part])
+            _add_product(dw_VD, logits_NV.T, x_ND[part], beta=min(start, 1))
     return losses_N, dx_ND, dw_VD
 
 
-def _add_product(sum_VD: Tensor, a_VN: Tensor, b_ND: Tensor) -> None:
-    """sum += a b in fp32, whatever the dtype of a and b."""
+def _add_product(sum_VD: Tensor, a_VN: Tensor, b_ND: Tensor, beta: int) -> None:
+    """sum = beta sum + a b in fp32, whatever the dtype of a and b; with a beta of 0 the sum is not read."""
     if a_VN.dtype == torch.float32:
-        sum_VD.addmm_(a_VN, b_ND)
+        sum_VD.addmm_(a_VN, b_ND, beta=beta)
     elif sum_VD.is_cuda:
-        torch.addmm(sum_VD, a_VN, b_ND, out_dtype=torch.float32, out=sum_VD)
+        torch.addmm(sum_VD, a_VN, b_ND, beta=beta, out_dtype=torch.float32, out=sum_VD)
     else:
-        sum_VD.add_(a_VN @ b_ND)
+        (sum_VD.add_ if beta else sum_VD.copy_)(a_VN @ b_ND)
 
 
 @torch.library.custom_op("fastcpt::linear_cross_entropy", mutates_args=())
@@ -135,7 +135,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         dx, dw = ctx.saved_tensors
-        return gradient * dx, gradient * dw, None, None, None, None
+        if launch.on_triton(dx):
+            return gradient * dx, gradient * dw, None, None, None, None
+        for each in (dx, dw):  # over the saved tensors, as `cross_entropy` does: nothing is moved for a gradient of 1
+            torch.ops.fastcpt.scale_rows_(each, gradient.expand(len(each)))
+        return dx, dw, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -147,7 +151,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     columns: int | None = None,
 ) -> Tensor:
-    """`cross_entropy` of the logits x weight^T -> (N,) fp32, which take (2048, V) in memory at a time, 512 on CPU.
+    """`cross_entropy` of the logits x weight^T -> (N,) fp32, which take (2048, V) in memory at a time.
 
     x_ND bf16 or fp32, whose dtype the products have; weight_VD fp32 or bf16; targets_N int64; the other arguments are
     those of `cross_entropy`. The gradient may differ from loss to loss; where their sum is wanted,

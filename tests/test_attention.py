@@ -385,7 +385,7 @@ def test_the_operator_of_blocks() -> None:
     documents = torch.from_numpy(document_ids(some_tokens(2, 140), EOD))
     for given in (None, documents):
         operator = torch.ops.fastcpt.cpu_attention.default
-        torch.library.opcheck(operator, tuple(x.clone().requires_grad_() for x in (q, k, v)) + (given,))
+        torch.library.opcheck(operator, (*(x.clone().requires_grad_() for x in (q, k, v)), given))
         _, kept = operator(q, k, v, given)
         assert len(kept) == 4 * (128 * 128 + 12 * 140)  # rows meet the positions up to their block's end alone
         torch.library.opcheck(torch.ops.fastcpt.cpu_attention_backward.default, (dy, q, k, v, kept))

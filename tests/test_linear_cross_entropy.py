@@ -80,8 +80,7 @@ def test_losses_and_gradients(
 ) -> None:  # fmt: skip
     """In blocks of 64 rows, the last of them shorter."""
     device = request.getfixturevalue("triton_device") if interpreted else torch.device("cpu")
-    monkeypatch.setattr(module, "GPU_ROWS", 64)
-    monkeypatch.setattr(module, "CPU_ROWS", 64)
+    monkeypatch.setattr(module, "ROWS", 64)
     x, weight, targets, gradient = sample(rows, width, vocabulary, dtype, device)
     function = linear_cross_entropy_sum if form == "sum" else linear_cross_entropy
     compare(check_budget, function, x, weight, targets, gradient if form == "losses" else gradient[0], **flags)
@@ -119,13 +118,16 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_memory_is_one_block_of_logits(gradients: bool, alive_bytes: Callable[..., Any]) -> None:
+def test_memory_is_one_block_of_logits(
+    gradients: bool, alive_bytes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside the results, and on CPU a copy of a block when the gradients are not wanted."""
+    monkeypatch.setattr(module, "ROWS", 512)
     rows, width, vocabulary = 4000, 32, 3000
     x, weight, targets, _ = sample(rows, width, vocabulary, torch.float32, torch.device("cpu"))
     with alive_bytes([x, weight, targets]) as alive:
         module._blocks(x, weight, targets, None, (-100, 0.0, vocabulary), gradients)
-    block = module.CPU_ROWS * vocabulary * 4
+    block = module.ROWS * vocabulary * 4
     results = rows * 4 + (rows * width * 4 + vocabulary * width * 4 if gradients else 0)
     limit = results + (1.2 if gradients else 2.2) * block
     assert block <= alive.peak <= limit < rows * vocabulary * 4 / 3, (alive.peak, results, block)
