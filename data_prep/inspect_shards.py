@@ -112,7 +112,7 @@ def _rejects(path: Path) -> list[str]:
     try:
         rows = pq.read_table(path, columns=["input", "rejected", "rejects"]).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{path}: cannot be read ({error}); restore it from a copy") from None
+        raise DamagedError("ledger-damaged", f"{path}: cannot be read ({error}); restore it from a copy") from None
     lines = [f"inputs       {len({row['input'] for row in rows}):,}"]
     lines.append(f"rejected     {sum(row['rejected'] for row in rows):,} documents")
     for row in rows:
@@ -148,10 +148,14 @@ def verify(directory: str | Path, quiet: bool = False) -> None:
         found = {"tokens": tokens, "documents": documents, "dtype": index.dtype.name}
         promised = {"tokens": pair["tokens"], "documents": pair["documents"], "dtype": shards.dtype.name}
         if found != promised:
-            raise DamagedError(f"{path}: holds {found}, the manifest says {promised}; prepare the set again")
+            raise DamagedError(
+                "shard-index-disagrees", f"{path}: holds {found}, the manifest says {promised}; prepare the set again"
+            )
         starts = np.cumsum(index.lengths, dtype=np.int64) - index.lengths
         if not np.array_equal(index.pointers, starts * index.dtype.itemsize):
-            raise DamagedError(f"{path}: its sequences do not follow one another; prepare the set again")
+            raise DamagedError(
+                "shard-index-disagrees", f"{path}: its sequences do not follow one another; prepare the set again"
+            )
     _check_claims(shards)
 
 
@@ -178,4 +182,6 @@ def _check_claims(shards: ShardSet) -> None:
     }
     for name, (said, found) in claims.items():
         if said != found:
-            raise DamagedError(f"{path}: {name} is {said}, its files make it {found}; prepare the set again")
+            raise DamagedError(
+                "manifest-disagrees", f"{path}: {name} is {said}, its files make it {found}; prepare the set again"
+            )
