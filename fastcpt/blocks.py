@@ -24,9 +24,7 @@ def read_sums(prefix: Path, pair: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
     check_size(path, 8 * (split + rest))
     sums = path.read_bytes()
     if hashlib.sha256(sums).hexdigest() != pair["sums_sha256"]:
-        raise DamagedError(
-            "hash-list-differs", f"{path}: differs from its hash in the manifest; restore it from a copy"
-        )
+        raise DamagedError("hash-differs", f"{path}: differs from its hash in the manifest; restore it from a copy")
     hashes = np.frombuffer(sums, "<u8")
     return hashes[:split], hashes[split:]
 

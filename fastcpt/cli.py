@@ -125,7 +125,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from fastcpt import shards
 
     path = Path(arguments.path)
-    if (path / shards.MANIFEST).exists() and not (path / "state.json").exists():
+    if (path / shards.MANIFEST).exists() and not (path / "state.json").exists() and "step-" not in path.name:
         from fastcpt.data_prep.inspect_shards import verify
 
         verify(path)

@@ -228,7 +228,7 @@ class Mixture:
             if shard_set.num_windows(seq_len) == 0:
                 raise UserError(
                     "shards-too-short",
-                    f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1",
+                    f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1; lower the length, or give a larger set",
                 )
 
     def _place(self, phase: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -321,7 +321,8 @@ def evaluation_windows(shard_set: ShardSet, seq_len: int, tokens: int) -> np.nda
     size = shard_set.num_windows(seq_len)
     if size == 0:
         raise UserError(
-            "shards-too-short", f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1"
+            "shards-too-short",
+            f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1; lower the length, or give a larger set",
         )
     count = min(size, -(-tokens // seq_len))
     return np.sort(Permutation(size, ("evaluation", shard_set.fingerprint))(np.arange(count)))

@@ -83,7 +83,7 @@ def resolve(source: str) -> Path:
     if folder.is_dir():
         return folder
     hub_id, _, revision = source.partition("@")
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", hub_id):
         raise UserError(
             "model-missing", f"{source}: not a folder, and not a hub-id[@revision]; give the folder of a checkpoint"
         )

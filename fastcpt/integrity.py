@@ -191,7 +191,7 @@ def read_sealed(path: Path, kind: str, what: str) -> dict[str, Any]:
     if (value.get("format"), value.get("version")) != (kind, 1):
         raise DamagedError(
             "manifest-format",
-            f"{path}: format {value.get('format')!r} version {value.get('version')!r}, not {kind!r} 1",
+            f"{path}: format {value.get('format')!r} version {value.get('version')!r}, not {kind!r} 1; name another folder",
         )
     return value
 

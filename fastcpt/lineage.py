@@ -120,12 +120,19 @@ def check_tokenizer(config: Config, origin: Origin, sets: Sequence[ShardSet]) ->
         return
     assert origin.path is not None
     beside = origin.path / "tokenizer.json"
-    if beside.exists() and tokenizer_fingerprint(beside.read_bytes()) != expected:
-        raise UserError(
-            "tokenizer-differs",
-            f"{beside}: the model's tokenizer is not the one that made {owner}; prepare the text with the model's "
-            "(--tokenizer), or say init.force: true if the ids mean the same",
-        )
+    if beside.exists():
+        check_made_with(beside, sets[:1], ", or say init.force: true if the ids mean the same")
+
+
+def check_made_with(tokenizer: Path, sets: Sequence[ShardSet], else_: str = "") -> None:
+    """Raises UserError when a set was made with another tokenizer than this file of a model."""
+    for shard_set in sets:
+        if shard_set.manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint(tokenizer.read_bytes()):
+            raise UserError(
+                "tokenizer-differs",
+                f"{tokenizer}: the model's tokenizer is not the one that made {shard_set.path}; prepare the text with the "
+                f"model's (--tokenizer){else_}",
+            )
 
 
 def check_resume(config: Config, state: dict[str, Any], data: dict[str, Any]) -> None:

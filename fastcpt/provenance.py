@@ -114,7 +114,8 @@ def _paths(run: Path, folder: Path, state: dict[str, Any]) -> dict[str, str]:
             sources = yaml.safe_load((run / "config.yaml").read_text())["data"]["train"]
         except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise UserError(
-                "run-config-damaged", f"{run / 'config.yaml'}: not a run's configuration ({error}); restore it"
+                "run-config-damaged",
+                f"{run / 'config.yaml'}: not a run's configuration ({' '.join(str(error).split())}); restore it",
             ) from None
     return {source["name"]: source["path"] for source in sources}
 

@@ -289,7 +289,7 @@ class ShardSet:
             if pair["bin_bytes"] != pair["tokens"] * self.dtype.itemsize:
                 raise DamagedError(
                     "manifest-disagrees",
-                    f"{self.path / MANIFEST}: pair {pair['name']} counts {pair['tokens']:,} tokens in {pair['bin_bytes']:,} bytes",
+                    f"{self.path / MANIFEST}: pair {pair['name']} counts {pair['tokens']:,} tokens in {pair['bin_bytes']:,} bytes; prepare the set again",
                 )
             check_size(self._binary(pair), pair["bin_bytes"])
             check_size(self.path / f"{pair['name']}.idx", pair["idx_bytes"])
@@ -367,7 +367,7 @@ class ShardSet:
             check_size(self.path / name, entry["bytes"])
             if sha256_file(self.path / name) != entry["sha256"]:
                 raise DamagedError(
-                    "hash-list-differs",
+                    "hash-differs",
                     f"{self.path / name}: differs from its hash in the manifest; restore it from a copy",
                 )
         for pair in self.pairs:
