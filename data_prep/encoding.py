@@ -90,6 +90,14 @@ def load_tokenizer(argument: str) -> bytes:
         ) from None
 
 
+def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """That of a shard set. Raises UserError."""
+    try:
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # noqa: BLE001 (of the library, which has no class of its own for them)
+        raise UserError("tokenizer-broken", f"{path}: not a tokenizer.json: {first_line(error)}; restore it") from None
+
+
 def _load_reference(content: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(content))

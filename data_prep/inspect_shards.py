@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastcpt.data_prep.encoding import read_vocabulary
+from fastcpt.data_prep.encoding import open_tokenizer, read_vocabulary
 from fastcpt.data_prep.progress import Meter
 from fastcpt.integrity import DamagedError
 from fastcpt.shards import MANIFEST, ShardSet, read_index, set_fingerprint
@@ -124,9 +124,7 @@ def _rejects(path: Path) -> list[str]:
 
 
 def _decoded(shards: ShardSet, count: int) -> list[str]:
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_str((shards.path / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = open_tokenizer(shards.path / "tokenizer.json")
     lines = []
     places = ((pair, index) for pair, entry in enumerate(shards.pairs) for index in range(entry["documents"]))
     for number, (pair, index) in zip(range(count), places):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fastcpt import UserError
+from fastcpt import PASSWORD, UserError
 from fastcpt.integrity import sync_directory, sync_file
 
 READ_AHEAD_BYTES = 8 << 20
@@ -39,6 +39,12 @@ def _filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it. Raises UserError."""
     import fsspec
 
+    if PASSWORD.search(path):
+        raise UserError(
+            "url-with-password",
+            f"{path}: the ledger would keep the password; leave it out, and give it where the store's library looks (its "
+            "environment variables or its own file)",
+        )
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:

@@ -4,7 +4,20 @@ Import the parts by name (`fastcpt.hf`, `fastcpt.shards`, `fastcpt.data`, `fastc
 this module stays empty of heavy imports so that `fastcpt --help` starts without torch.
 """
 
+import os
+import re
+
 __version__ = "0.1.0"
+PASSWORD = re.compile(r"(\w:/{1,2})[^/\s@]+@")  # in a URL; a path of it may have lost a slash
+TOKEN = re.compile(r"\b(hf_|gh[pousr]_|sk-|AKIA)[\w-]{16,}")
+
+
+def hidden(text: str) -> str:
+    """A text without passwords in URLs, tokens of the usual forms, and what variables of secrets hold."""
+    for name, value in os.environ.items():
+        if re.search("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return TOKEN.sub("***", PASSWORD.sub(r"\1***@", text))
 
 
 class UserError(ValueError):
@@ -23,5 +36,5 @@ class UserError(ValueError):
 
     @property
     def line(self) -> str:
-        """The message and the id as one line. What files and people put into names may not move the cursor."""
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{self} [{self.id}]")
+        """The message and the id as one line, no secret in it. What files put into names may not move the cursor."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in hidden(f"{self} [{self.id}]"))

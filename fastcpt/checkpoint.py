@@ -76,7 +76,12 @@ def load_tensors_(checkpoint: Path, tensors: dict[str, Tensor], world: World) ->
     """
     with warnings.catch_warnings():  # a single process is a single process
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.size == 1)
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.size == 1)
+        except dcp.api.CheckpointException as error:
+            causes = "; ".join(f"process {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+            text = f"{checkpoint}: its tensors cannot be loaded ({causes}); take another checkpoint"
+            raise DamagedError("checkpoint-not-loaded", text) from error
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

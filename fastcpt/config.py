@@ -14,7 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from fastcpt import UserError
+from fastcpt import PASSWORD, UserError
+from fastcpt.imports import without_imports
 
 
 class Count(int):
@@ -240,6 +241,10 @@ def check(config: Config) -> None:
         f"train.batch_tokens {train.batch_tokens} is not a multiple of data.seq_len {data.seq_len}",
         "batch-not-whole-sequences",
     )
+    for value in (run.output, run.wandb or "", config.init.from_, *(each.path for each in (*data.train, *data.val))):
+        kept = f"{value}: the run's files would keep the password; write it without"
+        require(not PASSWORD.search(value), kept, "url-with-password")
+    require("://" not in run.output, f"run.output {run.output}: a URL; name a folder of this machine", "output-remote")
     require(len(data.train) > 0, "data.train is empty; name at least one shard set", "sources-missing")
     for entries, what in ((data.train, "data.train"), (data.val, "data.val")):
         names = [entry.name for entry in entries]
@@ -251,23 +256,17 @@ def check(config: Config) -> None:
             f"data.train {source.name}: weight {source.weight} is not a number above 0; to leave it out, remove the source",
             "weight-out-of-range",
         )
-    require(
-        len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
-        f"optim.betas {optim.betas} must be two numbers from 0 to below 1",
-    )
+    good = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
+    require(good, f"optim.betas {optim.betas} must be two numbers from 0 to below 1")
     require(0 < run.timeout < math.inf, f"run.timeout {run.timeout} must be above 0 seconds")
     require(run.check_every >= 0, f"run.check_every is {run.check_every}; it must be at least 0")
-    require(
-        0 <= train.skip_spikes < math.inf,
-        f"train.skip_spikes {train.skip_spikes} must be a number from 0 on; 6 is usual",
-    )
+    spikes = 0 <= train.skip_spikes < math.inf
+    require(spikes, f"train.skip_spikes {train.skip_spikes} must be a number from 0 on; 6 is usual")
     require(optim.clip > 0, f"optim.clip {optim.clip} must be above 0; a large number clips nothing")
     require(optim.eps > 0, f"optim.eps {optim.eps} must be above 0")
     require(0 <= optim.weight_decay < math.inf, f"optim.weight_decay {optim.weight_decay} is not a number from 0 on")
-    require(
-        0 <= schedule.warmup < 1 or (schedule.warmup >= 1 and schedule.warmup % 1 == 0),
-        f"schedule.warmup {schedule.warmup} is neither a fraction below 1 nor a whole number of steps",
-    )
+    good = 0 <= schedule.warmup < 1 or (schedule.warmup >= 1 and schedule.warmup % 1 == 0)
+    require(good, f"schedule.warmup {schedule.warmup} is neither a fraction below 1 nor a whole number of steps")
     require(0 <= schedule.min_lr_ratio <= 1, f"schedule.min_lr_ratio {schedule.min_lr_ratio} is not from 0 to 1")
     if config.init.branch:
         for good, message, id in (
@@ -372,7 +371,7 @@ def parse(arguments: Sequence[str]) -> Config:
                     f"{file}: the section {section} is {value!r}, not a mapping; give its fields or remove it",
                 )
     try:
-        values = parser.instantiate(parser.parse_args(arguments))
+        values = without_imports(lambda: parser.instantiate(parser.parse_args(arguments)))
     except jsonargparse.ArgumentError as error:
         what = " ".join(str(error).split()).replace("from_", "from")
         raise UserError("setting-invalid", f"{' '.join([*files, ''])}{what}") from None

@@ -31,6 +31,8 @@ def export(source: str, output: str, push: str | None = None) -> str:
 
     push: a hub id; the folder is then uploaded there (`upload`). Returns the repository's URL, or else the folder.
     """
+    if "://" in output:
+        raise UserError("output-remote", f"{output}: a URL; name a folder of this machine")
     if push is not None:
         check_hub(push)  # before the work, as far as it can be known without the network
     model, tokenizer, eod = lineage.load_model(source)

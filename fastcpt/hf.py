@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import torch
 
 from fastcpt import UserError
-from fastcpt.integrity import read_json, sync_directory, sync_file, write_json
+from fastcpt.integrity import check_inside, read_json, sync_directory, sync_file, write_json
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import fill_
 
@@ -117,11 +117,7 @@ def member(directory: Path, name: str) -> Path:
     if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
         root = root.parents[2]  # the hub's cache: files are links to blobs beside the snapshots
     path = directory / name
-    if not path.resolve().is_relative_to(root):
-        raise UserError(
-            "link-outside-folder",
-            f"{path}: a link to {path.resolve()}, outside of its folder; copy the file itself there",
-        )
+    check_inside(path, root)
     return path
 
 

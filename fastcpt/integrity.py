@@ -230,6 +230,15 @@ def check_names(path: Path, names: Iterable[str]) -> None:
             )
 
 
+def check_inside(path: Path, root: Path) -> None:
+    """Raises DamagedError for a link that leaves the folder `root`: it could name any file of the machine."""
+    if not path.resolve().is_relative_to(root):
+        raise DamagedError(
+            "link-outside-folder",
+            f"{path}: a link to {path.resolve()}, outside of its folder; copy the file itself there",
+        )
+
+
 class HashingWriter:
     """A file that hashes its blocks while they are written. `close` makes it durable; then `size` and `hashes` hold."""
 

@@ -335,8 +335,8 @@ def _describe(part: Part) -> str:
 
 
 def _decode(shards: ShardSet, window: int, seq_len: int) -> str:
-    import tokenizers
+    from fastcpt.data_prep.encoding import open_tokenizer
 
-    tokenizer = tokenizers.Tokenizer.from_str((shards.path / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = open_tokenizer(shards.path / "tokenizer.json")
     ids = shards.windows(np.array([window]), seq_len)[0].tolist()
     return tokenizer.decode(ids, skip_special_tokens=False)

@@ -179,6 +179,8 @@ def report(runs: Sequence[str], output: str | Path) -> list[Path]:
         raise UserError(
             "matplotlib-missing", "figures are drawn by matplotlib, which is not here; pip install 'fastcpt[report]'"
         ) from None
+    if "://" in str(output):
+        raise UserError("output-remote", f"{output}: a URL; name a file of this machine")
     if page.is_dir():
         raise UserError(
             "output-is-folder", f"{output}: a folder; name the page's file with --output, such as report.html"

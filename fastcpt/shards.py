@@ -15,6 +15,7 @@ at stride T: window i is tokens [iT, iT + T], its first T tokens the input and i
 
 import hashlib
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from fastcpt.integrity import (
     HashingWriter,
     check_file,
     check_form,
+    check_inside,
     check_names,
     check_size,
     read_sealed,
@@ -248,9 +250,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             "shards-missing",
             f"{directory}: no {MANIFEST}; make a shard set with `fastcpt prep ... --output {directory}`",
         )
+    check_inside(path, directory.resolve())
     manifest = read_sealed(path, FORMAT, "the shard set")
     check_form(path, manifest, MANIFEST_FORM)
     check_names(path, [*manifest["files"], *(pair["name"] for pair in manifest["pairs"])])
+    files = (f"{pair['name']}.{end}" for pair in manifest["pairs"] for end in ("bin", "idx", "sums"))
+    for name in (*manifest["files"], *files):
+        if os.path.islink(directory / name):
+            check_inside(directory / name, directory.resolve())
     return manifest
 
 
@@ -309,7 +316,17 @@ class ShardSet:
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) uint16: bytes of text that each id stands for; 0 for the end-of-document token."""
-        return np.load(self.path / "token_bytes.npy", allow_pickle=False)
+        path = self.path / "token_bytes.npy"
+        try:
+            sizes = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DamagedError(
+                "token-bytes-damaged", f"{path}: not an array ({error}); prepare the set again"
+            ) from None
+        if sizes.shape != (self.vocab_size,) or sizes.dtype.kind != "u":
+            wrong = f"{path}: holds {sizes.dtype.name} of shape {list(sizes.shape)}, the tokenizer has {self.vocab_size:,} ids"
+            raise DamagedError("token-bytes-damaged", f"{wrong}; prepare the set again")
+        return sizes
 
     def num_windows(self, seq_len: int) -> int:
         return max(0, (len(self) - 1) // seq_len)

@@ -29,6 +29,7 @@ from fastcpt.integrity import sha256_json
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "errors.md"
 ROOMS = ("fastcpt", "data_prep", "kernels", "benchmarks")
+TENSORS_FILE = "tensors-00001-of-00001.safetensors"  # of a checkpoint of one process
 Damage = Callable[[Path], Any]
 RAISERS = ("UserError", "DamagedError", "require", "refuse")  # an id is one of their arguments, or of a table's row
 REASONS = ("Bad", "ArchiveError", "Reject")  # `input-` and their first argument
@@ -232,6 +233,16 @@ def tensors(function: Callable[[dict[str, Any]], Any]) -> Damage:
         save_file(loaded, path)
 
     return apply
+
+
+def with_index(folder: Path) -> None:
+    """The model in the hub's form for large ones: an index, and files that it names."""
+    from safetensors.torch import load_file
+
+    names = load_file(folder / "hf" / "model.safetensors").keys()
+    (folder / "hf" / "model.safetensors").rename(folder / "hf" / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 # The page

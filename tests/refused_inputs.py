@@ -3,12 +3,26 @@
 import json
 import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import torch
 import zstandard
-from refusals import Case, absent, both, change, copied, cut, edit, link, model, moved, put, recoded, tensors
+from refusals import (
+    Case,
+    absent,
+    both,
+    change,
+    copied,
+    cut,
+    edit,
+    link,
+    model,
+    moved,
+    put,
+    recoded,
+    tensors,
+    with_index,
+)
 
 HF = "train --config run.yaml --run.output new --init.from hf"
 PREP = "prep text.jsonl --tokenizer text.json --workers 1 --output set"
@@ -24,16 +38,6 @@ def safetensors(header: bytes, size: int | None = None, data: bytes = b"") -> by
 def overlapping() -> bytes:
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     return safetensors(json.dumps({"a": entry, "b": {**entry, "data_offsets": [4, 12]}}).encode(), data=bytes(12))
-
-
-def with_index(folder: Path) -> None:
-    """The model in the hub's form for large ones: an index, and files that it names."""
-    from safetensors.torch import load_file
-
-    names = load_file(folder / "hf" / "model.safetensors").keys()
-    (folder / "hf" / "model.safetensors").rename(folder / "hf" / "model-1.safetensors")
-    index = {"weight_map": dict.fromkeys(names, "model-1.safetensors")}
-    (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 # fmt: off
@@ -132,6 +136,8 @@ CASES = (
     Case("input-not-a-file", "a pipe in place of a file", ONE,
          "one.jsonl: not a regular file; write its content to a file first",
          lambda folder: os.mkfifo(folder / "one.jsonl")),
+    Case("url-with-password", "text behind a URL with a password", "prep s3://me:pass@bucket/a.jsonl --tokenizer text.json --output set",
+         "s3://***@bucket/a.jsonl: the ledger would keep the password; leave it out, and give it where the store's library looks (its environment variables or its own file)"),
     Case("store-unknown", "a store that there is not", "prep zz://a/b.jsonl --tokenizer text.json --output set",
          "zz://a/b.jsonl: Protocol not known: zz; local paths need nothing, s3:// needs s3fs, gs:// gcsfs"),
     Case("input-broken-json", "a line that is not JSON", ONE,

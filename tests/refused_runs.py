@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from refusals import Case, absent, both, change, copied, cut, edit, flip, gone, link, moved, put, sealed
+from refusals import TENSORS_FILE, Case, absent, both, change, copied, cut, edit, flip, gone, link, moved, put, sealed
 
 from fastcpt import checkpoint, saving
 
@@ -15,7 +15,6 @@ GO_ON = f"{NEW} --init.from run"
 HF = f"{NEW} --init.from hf"
 PREP = "prep text.jsonl --tokenizer text.json --workers 1 --output set"
 LAST = "run/checkpoints/step-4"
-TENSORS = "tensors-00001-of-00001.safetensors"
 SECOND = '{"name": "again", "path": "shards", "weight": 1}'
 
 
@@ -262,13 +261,13 @@ CASES = (
          "shards: neither a run with a checkpoint nor a checkpoint; --step needs what one records"),
     Case("every-checkpoint-damaged", "a bit flipped in every checkpoint", TRAIN,
          "run: every checkpoint is damaged (run/checkpoints/step-4/tensors-00001-of-00001.safetensors: bytes 0 to … differ from their hash; restore the file from a copy); restore one, or start in a new folder",
-         both(flip(f"run/checkpoints/step-2/{TENSORS}", 5000), flip(f"{LAST}/{TENSORS}", 5000))),
+         both(flip(f"run/checkpoints/step-2/{TENSORS_FILE}", 5000), flip(f"{LAST}/{TENSORS_FILE}", 5000))),
     Case("hash-differs", "a bit of a checkpoint flipped", f"verify {LAST}",
          "run/checkpoints/step-4/tensors-00001-of-00001.safetensors: bytes 0 to … differ from their hash; restore the file from a copy",
-         flip(f"{LAST}/{TENSORS}", 5000)),
+         flip(f"{LAST}/{TENSORS_FILE}", 5000)),
     Case("file-size", "a checkpoint was cut off", f"export {LAST} --output out",
          "run/checkpoints/step-4/tensors-00001-of-00001.safetensors: … bytes, its manifest says …; restore it, or make it again",
-         cut(f"{LAST}/{TENSORS}")),
+         cut(f"{LAST}/{TENSORS_FILE}")),
     Case("file-missing", "a file of a checkpoint is missing", f"verify {LAST}",
          "run/checkpoints/step-4/state.json: the file is missing; restore it from a copy, or make it again",
          gone(f"{LAST}/state.json")),
@@ -283,7 +282,7 @@ CASES = (
          both(copied(f"{LAST}/state.json", "state"), link(f"{LAST}/state.json", "../../../state"))),
     Case("hash-differs", "tensors of step 2 in the checkpoint of step 4", f"verify {LAST}",
          "run/checkpoints/step-4/tensors-00001-of-00001.safetensors: bytes 0 to … differ from their hash; restore the file from a copy; it is of save '…', this checkpoint of '…'",
-         copied(f"run/checkpoints/step-2/{TENSORS}", f"{LAST}/{TENSORS}")),
+         copied(f"run/checkpoints/step-2/{TENSORS_FILE}", f"{LAST}/{TENSORS_FILE}")),
     Case("file-size", "two files of a checkpoint changed places", f"verify {LAST}",
          "run/checkpoints/step-4/state.json: … bytes, its manifest says …; restore it, or make it again",
          both(moved(f"{LAST}/state.json", "x"), moved(f"{LAST}/config.yaml", f"{LAST}/state.json"), moved("x", f"{LAST}/config.yaml"))),
@@ -292,7 +291,7 @@ CASES = (
          moved(LAST, "run/checkpoints/step-6")),
     Case("manifest-malformed", "a checkpoint's hash is none", f"verify {LAST}",
          "run/checkpoints/step-4/manifest.json: a hash of tensors-00001-of-00001.safetensors is not 16 hexadecimal digits; restore the manifest",
-         sealed(f"{LAST}/manifest.json", lambda m: m["files"][TENSORS]["hashes"].append("no hash"))),
+         sealed(f"{LAST}/manifest.json", lambda m: m["files"][TENSORS_FILE]["hashes"].append("no hash"))),
     Case("path-outside-folder", "a checkpoint that names a file elsewhere", f"verify {LAST}",
          "run/checkpoints/step-4/manifest.json: names a file '../../config.yaml', outside its folder, or one that no file can have",
          sealed(f"{LAST}/manifest.json", lambda m: m["files"].update({"../../config.yaml": m["files"].pop("config.yaml")}))),
@@ -343,6 +342,14 @@ CASES = (
          "--push a/b/c: not a hub id; write it as NAME or ORGANISATION/NAME"),
     Case("hub-login", "uploaded without a login", "export run --output out --push me/model",
          "--push me/model: not logged in to the hub; run `hf auth login`, or set HF_TOKEN"),
+    Case("output-remote", "a run on a remote store", f"{TRAIN} --run.output s3://bucket/run",
+         "run.output s3://bucket/run: a URL; name a folder of this machine"),
+    Case("output-remote", "exported to a remote store", "export run --output s3://bucket/model",
+         "s3://bucket/model: a URL; name a folder of this machine"),
+    Case("output-remote", "reported to a remote store", "report run --output s3://bucket/page.html",
+         "s3://bucket/page.html: a URL; name a file of this machine"),
+    Case("url-with-password", "logged under a URL with a password", f"{NEW} --run.wandb https://me:pass@host/project",
+         "https://***@host/project: the run's files would keep the password; write it without"),
     Case("data-not-name-and-folder", "evaluated on a set without a name", "eval run --data shards",
          "--data shards: write it as NAME=DIR"),
 )

@@ -16,39 +16,17 @@ from fastcpt import cli
 CASES = refusals.catalogue()
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("refusals")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        refusals.workspace(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    copy = Path(shutil.copytree(workspace, tmp_path / "work"))
-    monkeypatch.chdir(copy)
-    for name in ("HF_TOKEN", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    return copy
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.id}: {case.when}")
-def test_what_is_wrong_is_refused(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_refused(case: Case, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(command: list[str]) -> tuple[int, str]:
         capsys.readouterr()
         code = cli.main(command)
         return code, capsys.readouterr().err
 
-    refusals.refuse(case, folder, run)
+    refusals.refuse(case, work, run)
 
 
-def test_the_command_itself_exits_with_2(folder: Path) -> None:
+def test_the_command_itself_exits_with_2(work: Path) -> None:
     """The same through a process of its own, for a dozen that need nothing of this one."""
 
     def run(command: list[str]) -> tuple[int, str]:
@@ -62,10 +40,10 @@ def test_the_command_itself_exits_with_2(folder: Path) -> None:
     chosen = chosen[:: len(chosen) // 12]
     assert len(chosen) >= 12 and len({case.command.split()[0] for case in chosen}) >= 4
     for number, case in enumerate(chosen):
-        work = folder.parent / str(number) / "work"
-        shutil.copytree(folder, work)
-        os.chdir(work)
-        refusals.refuse(case, work, run)
+        copy = work.parent / str(number) / "work"
+        shutil.copytree(work, copy)
+        os.chdir(copy)
+        refusals.refuse(case, copy, run)
 
 
 def test_there_are_enough_and_none_twice() -> None:
