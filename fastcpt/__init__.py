@@ -8,7 +8,7 @@ import os
 import re
 
 __version__ = "0.1.0"
-PASSWORD = re.compile(r"(\w:/{1,2})[^/\s@]+@")  # in a URL; a path of it may have lost a slash
+PASSWORD = re.compile(r"(\w:/{0,2})[^/\s@]+@")  # in a URL, which as a path has lost a slash, or user:password@host
 TOKEN = re.compile(r"\b(hf_|gh[pousr]_|sk-|AKIA)[\w-]{16,}")
 
 

@@ -139,9 +139,9 @@ def dangers(text: str) -> Iterator[int]:
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             values = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
-            if name in RUN_WHAT_THEY_READ or (name == "torch.load" and values.get("weights_only") is not True):
-                yield node.lineno
-            elif any(values.get(key) is value for key, value in FORBIDDEN.items()):
+            wrong = any(values.get(key) is value for key, value in FORBIDDEN.items())
+            unsaid = name == "torch.load" and values.get("weights_only") is not True
+            if name in RUN_WHAT_THEY_READ or wrong or unsaid:
                 yield node.lineno
 
 
