@@ -241,7 +241,8 @@ def check(config: Config) -> None:
         f"train.batch_tokens {train.batch_tokens} is not a multiple of data.seq_len {data.seq_len}",
         "batch-not-whole-sequences",
     )
-    for value in (run.output, run.wandb or "", config.init.from_, *(each.path for each in (*data.train, *data.val))):
+    paths = [source.path for source in data.train] + [entry.path for entry in data.val]
+    for value in (run.output, run.wandb or "", config.init.from_, *paths):
         kept = f"{value}: the run's files would keep the password; write it without"
         require(not PASSWORD.search(value), kept, "url-with-password")
     require("://" not in run.output, f"run.output {run.output}: a URL; name a folder of this machine", "output-remote")
