@@ -242,9 +242,9 @@ def check(config: Config) -> None:
         "batch-not-whole-sequences",
     )
     paths = [source.path for source in data.train] + [entry.path for entry in data.val]
-    for value in (run.output, run.wandb or "", config.init.from_, *paths):
-        kept = f"{value}: the run's files would keep the password; write it without"
-        require(not PASSWORD.search(value), kept, "url-with-password")
+    for text in (run.output, run.wandb or "", config.init.from_, *paths):
+        kept = f"{text}: the run's files would keep the password; write it without"
+        require(not PASSWORD.search(text), kept, "url-with-password")
     require("://" not in run.output, f"run.output {run.output}: a URL; name a folder of this machine", "output-remote")
     require(len(data.train) > 0, "data.train is empty; name at least one shard set", "sources-missing")
     for entries, what in ((data.train, "data.train"), (data.val, "data.val")):
