@@ -309,9 +309,9 @@ def main(
     if text is None:
         text, about_text = Path(sys.prefix), about_text or "files of this Python and its packages"
     if not text.is_dir():
-        raise UserError(f"--text {text}: no such folder; name one with text files")
+        raise UserError("folder-missing", f"--text {text}: no such folder; name one with text files")
     if not 0 < share <= 1:
-        raise UserError(f"--share {share}: must be above 0 and at most 1")
+        raise UserError("option-out-of-range", f"--share {share}: must be above 0 and at most 1")
     tokenizer_json = load_tokenizer(tokenizer)
     vocabulary = read_vocabulary(tokenizer_json, None, tokenizer)
     work.mkdir(parents=True, exist_ok=True)

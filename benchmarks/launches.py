@@ -82,7 +82,10 @@ class _RunOperators(TorchDispatchMode):
 def caught() -> Iterator[dict[str, Launch]]:
     """Launches within, of kernels on tensors without data, by a key that is equal for the same machine code."""
     if launch.INTERPRETED:
-        raise UserError("TRITON_INTERPRET is set: kernels are then interpreted and cannot be compiled; unset it")
+        raise UserError(
+            "triton-interpreted",
+            "TRITON_INTERPRET is set: kernels are then interpreted and cannot be compiled; unset it",
+        )
     launches: dict[str, Launch] = {}
     backend = make_backend(GPUTarget("cuda", 90, 32))
 

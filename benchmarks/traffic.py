@@ -113,7 +113,7 @@ class _CountTorch(TorchDispatchMode):
 def counted() -> Iterator[Traffic]:
     """Counts all that happens within."""
     if not launch.INTERPRETED:
-        raise UserError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1")
+        raise UserError("triton-not-interpreted", "bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1")
     traffic = Traffic()
     run, load, store = (
         GridExecutor.__call__,

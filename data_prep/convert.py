@@ -49,9 +49,14 @@ def convert(
     pretokenize.check_arguments(output, None, shard_tokens, 0.0)
     layout = FORMATS[source]
     if dtype is not None and not layout.takes_dtype:
-        raise UserError(f"--dtype {dtype}: {source} files say themselves what they hold; leave it out")
+        raise UserError(
+            "dtype-not-needed", f"--dtype {dtype}: {source} files say themselves what they hold; leave it out"
+        )
     if append_eod and layout.cut == "sequence":
-        raise UserError(f"--append-eod: {source} sequences are kept as they were trained on; leave it out")
+        raise UserError(
+            "append-eod-not-possible",
+            f"--append-eod: {source} sequences are kept as they were trained on; leave it out",
+        )
     refuse_existing(output, [""])
     tokenizer_json = encoding.load_tokenizer(tokenizer)
     vocabulary = encoding.read_vocabulary(tokenizer_json, eod, tokenizer)
@@ -61,7 +66,8 @@ def convert(
         with pretokenize.owned(work):
             if os.path.exists(store.join(work, "plan.json")):
                 raise UserError(
-                    f"{work}: an unfinished `fastcpt prep`; finish or remove it, or choose another --output"
+                    "unfinished-prep",
+                    f"{work}: an unfinished `fastcpt prep`; finish or remove it, or choose another --output",
                 )
             try:
                 directory = Path(building_folder(work, output, ""))
@@ -164,7 +170,7 @@ class _Documents:
             if self._begun and self._layout.cut == "after EOD":
                 self._finish_last(file)
         if self._layout.cut == "before EOD" and not separators and not self._force:
-            raise UserError(f"{self._files[0].path}: not one {self._eod} in all its tokens; {self._mend}")
+            raise UserError("eod-absent", f"{self._files[0].path}: not one {self._eod} in all its tokens; {self._mend}")
         if self._begun:
             self._finish_last(self._files[-1])
 
@@ -191,8 +197,9 @@ class _Documents:
         at = int(np.flatnonzero((block < 0) | (block >= size))[0])
         kind = " or --dtype" if self._layout.takes_dtype else ""
         raise UserError(
+            "token-beyond-vocabulary",
             f"{file.path}: byte {file.offset(done + at):,} is id {int(block[at]):,}, the tokenizer has ids 0 to "
-            f"{size - 1:,}; check --tokenizer{kind}"
+            f"{size - 1:,}; check --tokenizer{kind}",
         )
 
     def _ends(self, file: TokenFile, ids: np.ndarray, done: int, total: int) -> np.ndarray:
@@ -206,8 +213,9 @@ class _Documents:
         if not self._append_eod and len(wrong := np.flatnonzero(ids[ends - 1] != self._vocabulary.eod)):
             at = int(ends[wrong[0]]) - 1
             raise UserError(
+                "document-without-eod",
                 f"{file.path}: document {first + int(wrong[0]):,} ends at byte {file.offset(done + at):,} with id "
-                f"{int(ids[at])}, not the {self._eod}; {self._mend}"
+                f"{int(ids[at])}, not the {self._eod}; {self._mend}",
             )
         return ends
 
@@ -226,7 +234,10 @@ class _Documents:
                 self._begun_at = (number, at + done)
             self._begun.append(ids[done:].copy())
             if sum(map(len, self._begun)) > MAX_DOCUMENT_TOKENS:
-                raise UserError(f"{self._begun_place}: no {self._eod} in {MAX_DOCUMENT_TOKENS:,} tokens; check --eod")
+                raise UserError(
+                    "document-too-long",
+                    f"{self._begun_place}: no {self._eod} in {MAX_DOCUMENT_TOKENS:,} tokens; check --eod",
+                )
 
     @property
     def _begun_place(self) -> str:
@@ -237,8 +248,9 @@ class _Documents:
         """What comes after the last EOD."""
         if not self._append_eod:
             raise UserError(
+                "document-without-eod",
                 f"{self._begun_place}: {sum(map(len, self._begun)):,} tokens up to the end, the last id "
-                f"{int(self._begun[-1][-1])} and not the {self._eod}; {self._mend}"
+                f"{int(self._begun[-1][-1])} and not the {self._eod}; {self._mend}",
             )
         self._write(self._begun_at[0], np.concatenate(self._begun), None)
         self._begun = []

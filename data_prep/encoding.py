@@ -73,7 +73,9 @@ def load_tokenizer(argument: str) -> bytes:
         or argument.endswith(".json")
         or (path.parent.is_dir() and path.parent != Path())
     ):
-        raise UserError(f"{path}: no such file; give a tokenizer.json, a folder with one, or a hub id")
+        raise UserError(
+            "tokenizer-missing", f"{path}: no such file; give a tokenizer.json, a folder with one, or a hub id"
+        )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -82,9 +84,18 @@ def load_tokenizer(argument: str) -> bytes:
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", revision=revision or None)).read_bytes()
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
+            "tokenizer-not-on-hub",
             f"{argument}: neither a file here nor a tokenizer.json that the hub gives ({first_line(error)}); "
-            "give the path of a tokenizer.json"
+            "give the path of a tokenizer.json",
         ) from None
+
+
+def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """That of a shard set. Raises UserError."""
+    try:
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # noqa: BLE001 (of the library, which has no class of its own for them)
+        raise UserError("tokenizer-broken", f"{path}: not a tokenizer.json: {first_line(error)}; restore it") from None
 
 
 def _load_reference(content: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -92,7 +103,8 @@ def _load_reference(content: dict[str, Any]) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
         raise UserError(
-            f"tokenizer.json: the `tokenizers` library cannot load it: {first_line(error)}; give another"
+            "tokenizer-broken",
+            f"tokenizer.json: the `tokenizers` library cannot load it: {first_line(error)}; give another",
         ) from None
 
 
@@ -111,13 +123,21 @@ def read_vocabulary(tokenizer_json: bytes, eod: str | None, source: str) -> Voca
         ids = _ids(content)
         special = {token["content"]: token["id"] for token in content.get("added_tokens") or () if token["special"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source}: not a tokenizer.json: {type(error).__name__} {error}; give another file") from None
+        raise UserError(
+            "tokenizer-broken", f"{source}: not a tokenizer.json: {type(error).__name__} {error}; give another file"
+        ) from None
     name = eod if eod is not None else next((name for name in EOD_NAMES if name in ids), None)
     if name is None or name not in ids:
         missing = "no end-of-document token that is known" if name is None else f"no token {name!r}"
-        raise UserError(f"{source}: {missing}; name one with --eod; its special tokens: {', '.join(special) or 'none'}")
+        raise UserError(
+            "eod-unknown",
+            f"{source}: {missing}; name one with --eod; its special tokens: {', '.join(special) or 'none'}",
+        )
     if dropout := content["model"].get("dropout"):
-        raise UserError(f"{source}: its model has dropout {dropout}, so that ids differ by chance; set it to null")
+        raise UserError(
+            "tokenizer-dropout",
+            f"{source}: its model has dropout {dropout}, so that ids differ by chance; set it to null",
+        )
     return Vocabulary(
         fingerprint=tokenizer_fingerprint(tokenizer_json),
         size=max(ids.values()) + 1,
@@ -211,8 +231,9 @@ class Gigatoken:
     def __init__(self, content: dict[str, Any]) -> None:
         if not _is_byte_level(content):
             raise UserError(
+                "tokenizer-not-byte-level",
                 "tokenizer.json: not byte-level BPE, all that the fast tokenizer is trusted with; "
-                "use --tokenizer-backend tokenizers"
+                "use --tokenizer-backend tokenizers",
             )
         plain = [token for token in content["added_tokens"] if not token["special"]]
         self._json = json.dumps({**content, "added_tokens": plain})
@@ -225,7 +246,8 @@ class Gigatoken:
             self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
         except Exception as error:  # noqa: BLE001 (what it raises is not documented)
             raise UserError(
-                f"tokenizer.json: gigatoken cannot load it ({first_line(error)}); use --tokenizer-backend tokenizers"
+                "tokenizer-beyond-gigatoken",
+                f"tokenizer.json: gigatoken cannot load it ({first_line(error)}); use --tokenizer-backend tokenizers",
             ) from None
         self._limit = _resident_bytes() + CACHE_BYTES
 

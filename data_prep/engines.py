@@ -102,8 +102,9 @@ def local(workers: int) -> Iterator[Engine]:
             process.terminate()
         if isinstance(error, BrokenProcessPool):
             raise UserError(
+                "worker-killed",
                 "a worker process was killed, most likely because memory ran out; "
-                "run the same command again to go on from the tasks that are done, perhaps with fewer --workers"
+                "run the same command again to go on from the tasks that are done, perhaps with fewer --workers",
             ) from None
         raise
     if pool is not None:
@@ -125,7 +126,7 @@ def on_ray(address: str | None, workers: int | None) -> Iterator[Engine]:
     try:
         import ray
     except ImportError:
-        raise UserError("--engine ray: Ray is not installed; pip install 'fastcpt[ray]'") from None
+        raise UserError("ray-not-installed", "--engine ray: Ray is not installed; pip install 'fastcpt[ray]'") from None
     from ray.exceptions import RayError, RayTaskError
 
     ours = not ray.is_initialized()
@@ -136,7 +137,7 @@ def on_ray(address: str | None, workers: int | None) -> Iterator[Engine]:
                 socket.create_connection((host, int(port)), timeout=30).close()  # Ray itself would try for minutes
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"--ray-address {address}: no cluster answers there: {error}") from None
+            raise UserError("ray-no-answer", f"--ray-address {address}: no cluster answers there: {error}") from None
 
     def run(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_on_node)
@@ -166,8 +167,9 @@ def on_ray(address: str | None, workers: int | None) -> Iterator[Engine]:
         raise
     except RayError as error:
         raise UserError(
+            "ray-lost",
             f"the Ray cluster lost a task {RAY_RETRIES + 1} times or went away ({type(error).__name__}); "
-            "run the same command again to go on from the tasks that are done"
+            "run the same command again to go on from the tasks that are done",
         ) from None
     finally:
         if ours:

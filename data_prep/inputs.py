@@ -91,20 +91,24 @@ def _expand(argument: str) -> dict[str, Stat]:
         if found and argument not in found and not store.is_pattern(argument):
             found = {path: found[path] for path in _corpus(argument, found)}
             if not found:
-                raise UserError(nothing)
+                raise UserError("inputs-missing", nothing)
     elif os.path.isdir(argument):
         found = {path: store.stat(path) for path in _corpus(argument, _walk(argument))}
         if not found:
-            raise UserError(nothing)
+            raise UserError("inputs-missing", nothing)
     elif os.path.exists(argument):
         found = {argument: store.stat(argument)}
     else:
         found = {path: store.stat(path) for path in glob.glob(argument, recursive=True) if os.path.isfile(path)}
     if not found:
-        raise UserError(f"{argument}: no such file or folder, and no file matches it as a pattern; check the path")
+        raise UserError(
+            "inputs-missing", f"{argument}: no such file or folder, and no file matches it as a pattern; check the path"
+        )
     for path in found:
         if suffix_of(path) is None:
-            raise UserError(f"{path}: its name ends in none of {', '.join(SUFFIXES)}; rename it or leave it out")
+            raise UserError(
+                "input-suffix", f"{path}: its name ends in none of {', '.join(SUFFIXES)}; rename it or leave it out"
+            )
     return found
 
 
@@ -115,10 +119,12 @@ def find_inputs(arguments: Iterable[str]) -> list[Input]:
         for path, stat in _expand(argument).items():
             whole = path if store.is_remote(path) else os.path.abspath(path)
             if whole in found:
-                raise UserError(f"{path}: named twice, so its documents would count double; give each input once")
+                raise UserError(
+                    "input-twice", f"{path}: named twice, so its documents would count double; give each input once"
+                )
             found[whole] = path, stat
     if not found:
-        raise UserError("no inputs: name at least one file, folder or pattern")
+        raise UserError("inputs-missing", "no inputs: name at least one file, folder or pattern")
     levels = zip(*(whole.split("/")[:-1] for whole in found))
     shared = "".join(f"{level[0]}/" for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
     inputs = []

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastcpt.data_prep.encoding import read_vocabulary
+from fastcpt.data_prep.encoding import open_tokenizer, read_vocabulary
 from fastcpt.data_prep.progress import Meter
 from fastcpt.integrity import DamagedError
 from fastcpt.shards import MANIFEST, ShardSet, read_index, set_fingerprint
@@ -112,7 +112,7 @@ def _rejects(path: Path) -> list[str]:
     try:
         rows = pq.read_table(path, columns=["input", "rejected", "rejects"]).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{path}: cannot be read ({error}); restore it from a copy") from None
+        raise DamagedError("ledger-damaged", f"{path}: cannot be read ({error}); restore it from a copy") from None
     lines = [f"inputs       {len({row['input'] for row in rows}):,}"]
     lines.append(f"rejected     {sum(row['rejected'] for row in rows):,} documents")
     for row in rows:
@@ -124,9 +124,7 @@ def _rejects(path: Path) -> list[str]:
 
 
 def _decoded(shards: ShardSet, count: int) -> list[str]:
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_str((shards.path / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = open_tokenizer(shards.path / "tokenizer.json")
     lines = []
     places = ((pair, index) for pair, entry in enumerate(shards.pairs) for index in range(entry["documents"]))
     for number, (pair, index) in zip(range(count), places):
@@ -148,10 +146,14 @@ def verify(directory: str | Path, quiet: bool = False) -> None:
         found = {"tokens": tokens, "documents": documents, "dtype": index.dtype.name}
         promised = {"tokens": pair["tokens"], "documents": pair["documents"], "dtype": shards.dtype.name}
         if found != promised:
-            raise DamagedError(f"{path}: holds {found}, the manifest says {promised}; prepare the set again")
+            raise DamagedError(
+                "shard-index-disagrees", f"{path}: holds {found}, the manifest says {promised}; prepare the set again"
+            )
         starts = np.cumsum(index.lengths, dtype=np.int64) - index.lengths
         if not np.array_equal(index.pointers, starts * index.dtype.itemsize):
-            raise DamagedError(f"{path}: its sequences do not follow one another; prepare the set again")
+            raise DamagedError(
+                "shard-index-disagrees", f"{path}: its sequences do not follow one another; prepare the set again"
+            )
     _check_claims(shards)
 
 
@@ -178,4 +180,6 @@ def _check_claims(shards: ShardSet) -> None:
     }
     for name, (said, found) in claims.items():
         if said != found:
-            raise DamagedError(f"{path}: {name} is {said}, its files make it {found}; prepare the set again")
+            raise DamagedError(
+                "manifest-disagrees", f"{path}: {name} is {said}, its files make it {found}; prepare the set again"
+            )

@@ -67,7 +67,7 @@ def refuse_existing(output: str, names: Iterable[str]) -> None:
     for name in names:
         folder = set_folder(output, name)
         if store.has_files(folder):
-            raise UserError(f"{folder}: exists already; remove it, or choose another --output")
+            raise UserError("output-exists", f"{folder}: exists already; remove it, or choose another --output")
 
 
 def part_files(task: int, name: str, kind: str = "") -> tuple[str, str]:
@@ -117,7 +117,10 @@ class Parts:
 
     def write(self, name: str, tokens: np.ndarray, lengths: np.ndarray) -> None:
         if name not in self.record and len(self.record) >= MAX_SETS:
-            raise UserError(f"--group-key {self._job.group_key}: over {MAX_SETS:,} values; choose a key with fewer")
+            raise UserError(
+                "too-many-groups",
+                f"--group-key {self._job.group_key}: over {MAX_SETS:,} values; choose a key with fewer",
+            )
         tokens_file, lengths_file = part_files(self._task, name, self._kind)
         self._files.append(tokens_file, tokens)
         self._files.append(lengths_file, lengths.astype("<i4"))

@@ -107,13 +107,13 @@ def _manifest(path: str) -> dict[str, Any]:
 
 def check_arguments(output: str, workers: int | None, shard_tokens: int, val_fraction: float) -> None:
     if not store.split(output)[1].strip("."):
-        raise UserError(f"--output {output}: has no name of its own; name a new folder")
+        raise UserError("output-name", f"--output {output}: has no name of its own; name a new folder")
     if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: must be 1 or more")
+        raise UserError("option-out-of-range", f"--workers {workers}: must be 1 or more")
     if shard_tokens < 1:
-        raise UserError(f"--shard-tokens {shard_tokens}: must be 1 or more")
+        raise UserError("option-out-of-range", f"--shard-tokens {shard_tokens}: must be 1 or more")
     if not 0 <= val_fraction < 1:
-        raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and below 1")
+        raise UserError("option-out-of-range", f"--val-fraction {val_fraction}: must be at least 0 and below 1")
 
 
 @contextmanager
@@ -128,7 +128,9 @@ def owned(work: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{work}: another run is writing there; wait for it, or choose another --output") from None
+            raise UserError(
+                "output-in-use", f"{work}: another run is writing there; wait for it, or choose another --output"
+            ) from None
         yield
 
 
@@ -154,12 +156,15 @@ def _claim(
         try:
             old = json.loads(begun)
         except ValueError:
-            raise UserError(f"{path}: cut off or changed; remove {job.work} and start anew") from None
+            raise UserError(
+                "unfinished-prep-damaged", f"{path}: cut off or changed; remove {job.work} and start anew"
+            ) from None
         changed = [_difference(key, old.get(key), plan[key]) for key in plan if old.get(key) != plan[key]]
         if changed:
             raise UserError(
+                "unfinished-prep-differs",
                 f"{job.work}: holds an unfinished run that differs in {changed[0]}; "
-                "remove that folder to start anew, or repeat the earlier command to finish it"
+                "remove that folder to start anew, or repeat the earlier command to finish it",
             )
         return
     if store.is_remote(output):  # where sets are built in place: what is there before the run begins is not its own
@@ -266,10 +271,13 @@ def _merge(
     """Builds every set."""
     names = merge.set_names(records, job)
     if not names:
-        raise UserError(f"not one document has a usable --group-key {job.group_key}, so there is no set to write")
+        raise UserError(
+            "no-groups", f"not one document has a usable --group-key {job.group_key}, so there is no set to write"
+        )
     if len(names) > MAX_SETS:
         raise UserError(
-            f"--group-key {job.group_key}: {len(names):,} sets; choose a key with at most {MAX_SETS:,} values"
+            "too-many-groups",
+            f"--group-key {job.group_key}: {len(names):,} sets; choose a key with at most {MAX_SETS:,} values",
         )
     if not store.is_remote(output):
         refuse_existing(output, names)

@@ -124,7 +124,9 @@ class PieceReader:
                 chunks = gzip_chunks(file) if source.suffix == ".jsonl.gz" else zstd_chunks(file)
                 yield from self._lines(split_lines(chunks, 0))
         if store.stat(source.path) != (source.size, source.version):
-            raise UserError(f"{source.path}: changed while it was read; leave the inputs alone and start again")
+            raise UserError(
+                "input-changed", f"{source.path}: changed while it was read; leave the inputs alone and start again"
+            )
 
     def _jsonl(self, file: BinaryIO) -> Iterator[Document | Reject]:
         start = line_start(file, self.piece.start, self.piece.stop)

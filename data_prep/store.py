@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fastcpt import UserError
+from fastcpt import PASSWORD, UserError
 from fastcpt.integrity import sync_directory, sync_file
 
 READ_AHEAD_BYTES = 8 << 20
@@ -39,10 +39,18 @@ def _filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it. Raises UserError."""
     import fsspec
 
+    if PASSWORD.search(path):
+        raise UserError(
+            "url-with-password",
+            f"{path}: the ledger would keep the password; leave it out, and give it where the store's library looks (its "
+            "environment variables or its own file)",
+        )
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: {error}; local paths need nothing, s3:// needs s3fs, gs:// gcsfs") from None
+        raise UserError(
+            "store-unknown", f"{path}: {error}; local paths need nothing, s3:// needs s3fs, gs:// gcsfs"
+        ) from None
 
 
 @contextmanager
@@ -53,11 +61,15 @@ def _named(path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:  # the local disk
             raise
-        raise UserError(f"{path}: {type(error).__name__}: {error}; check the address and the credentials") from None
+        raise UserError(
+            "store-refuses", f"{path}: {type(error).__name__}: {error}; check the address and the credentials"
+        ) from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "gcsfs", "google", "azure"):
             raise
-        raise UserError(f"{path}: {type(error).__name__}: {error}; check the address and the credentials") from None
+        raise UserError(
+            "store-refuses", f"{path}: {type(error).__name__}: {error}; check the address and the credentials"
+        ) from None
 
 
 @contextmanager
@@ -68,12 +80,13 @@ def disk_errors(work: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise UserError(
-                f"{work}: the disk is full; free some space and run the same command again to go on"
+                "disk-full", f"{work}: the disk is full; free some space and run the same command again to go on"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.EROFS):
             raise UserError(
+                "file-not-accessible",
                 f"{error.filename or work}: {error.strerror}; make it accessible, or restore it, and run the same "
-                "command again"
+                "command again",
             ) from None
         raise
 
@@ -119,7 +132,7 @@ def stat(path: str) -> Stat:
         with _named(path):
             return _stat(files.info(inner))
     if not os.path.isfile(path):
-        raise UserError(f"{path}: not a regular file; write its content to a file first")
+        raise UserError("input-not-a-file", f"{path}: not a regular file; write its content to a file first")
     status = os.stat(path)
     return Stat(status.st_size, str(status.st_mtime_ns))
 

@@ -35,7 +35,8 @@ def _tools(job: Job) -> Tools:
     tokenizer_json = store.read_bytes(store.join(job.work, "tokenizer.json"))
     if tokenizer_json is None:
         raise UserError(
-            f"{job.work}: not to be seen from {os.uname().nodename}; put --output where all nodes can see it"
+            "output-not-shared",
+            f"{job.work}: not to be seen from {os.uname().nodename}; put --output where all nodes can see it",
         )
     return make_tools(tokenizer_json, job.vocabulary, job.backend)
 
@@ -77,8 +78,9 @@ def place(piece: Piece, line: int, offset: int) -> str:
 
 def _stop(piece: Piece, reject: Reject) -> NoReturn:
     raise UserError(
+        f"input-{reject.reason.lower().replace(' ', '-')}",
         f"{place(piece, reject.line, reject.offset)}: {reject.reason}: {reject.detail}; "
-        "mend the file, or leave such documents out with --on-error skip"
+        "mend the file, or leave such documents out with --on-error skip",
     )
 
 
@@ -155,8 +157,9 @@ class _Check:
             if not np.array_equal(got, want):
                 tally, document, _ = batch[index]
                 raise UserError(
+                    "tokenizers-disagree",
                     f"{place(tally.piece, document.line, document.offset)}: gigatoken and the reference tokenizer give "
-                    f"different ids for this document ({len(got)} and {len(want)}); use --tokenizer-backend tokenizers"
+                    f"different ids for this document ({len(got)} and {len(want)}); use --tokenizer-backend tokenizers",
                 )
         self.checked += len(sample)
 
@@ -171,8 +174,9 @@ def _check_range(batch: list[Entry], ids: np.ndarray, ends: np.ndarray, vocabula
         if len(wrong):
             tally, document, _ = batch[int(np.searchsorted(ends, wrong[0], side="right"))]
             raise UserError(
+                "tokenizer-id-reserved",
                 f"{place(tally.piece, document.line, document.offset)}: the tokenizer gives id {ids[wrong[0]]}, which "
-                f"is a special token's or not below {vocabulary.size:,}; use a tokenizer that gives text other ids"
+                f"is a special token's or not below {vocabulary.size:,}; use a tokenizer that gives text other ids",
             )
 
 

@@ -88,11 +88,11 @@ def printable(text: str) -> str:
 def read_arms(runs: Sequence[str]) -> list[Arm]:
     """The runs, in the order given, under names that tell them apart. Raises UserError for a folder that is no run."""
     if not runs:
-        raise UserError("there is nothing to report on; name at least one run's folder")
+        raise UserError("runs-missing", "there is nothing to report on; name at least one run's folder")
     folders = [Path(os.path.abspath(run)) for run in runs]
     for i, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:i]]:
-            raise UserError(f"{runs[i]}: this run is given twice; name each once")
+            raise UserError("run-twice", f"{runs[i]}: this run is given twice; name each once")
     depths = [1] * len(folders)
     while True:
         names = [printable("/".join(folder.parts[-depth:])) for folder, depth in zip(folders, depths)]
@@ -107,13 +107,17 @@ def _read_arm(name: str, folder: Path) -> Arm:
 
     for file in ("metrics.jsonl", "config.yaml"):
         if not (folder / file).is_file():
-            raise UserError(f"{folder}: no run, it has no {file}; name a folder that was a run's run.output")
+            raise UserError(
+                "not-a-run", f"{folder}: no run, it has no {file}; name a folder that was a run's run.output"
+            )
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         steps = -(-config["train"]["tokens"] // config["train"]["batch_tokens"])
         branch = config["init"]["from"] != "scratch" and config["init"].get("branch", False)
     except (yaml.YAMLError, ValueError, TypeError, KeyError, ZeroDivisionError):
-        raise UserError(f"{folder / 'config.yaml'}: not a run's configuration; put back the one it wrote") from None
+        raise UserError(
+            "run-config-damaged", f"{folder / 'config.yaml'}: not a run's configuration; put back the one it wrote"
+        ) from None
     lines, notes = _read_lines(folder / "metrics.jsonl")
     evaluations = [line for line in lines if "eval" in line]
     state = _read_state(folder, notes)
@@ -143,12 +147,14 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 line["eval"] = {printable(name): dict(entry) for name, entry in line["eval"].items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             if n != pieces[-1][0]:
-                raise UserError(f"{path}, line {n}: not a line of metrics; remove it") from None
+                raise UserError("metrics-damaged", f"{path}, line {n}: not a line of metrics; remove it") from None
             notes.append(f"the last line of metrics.jsonl, line {n}, is torn and left out")
         else:
             lines.append(line)
     if not lines:
-        raise UserError(f"{path}: no whole line in it; let the run reach its first evaluation or log line")
+        raise UserError(
+            "metrics-empty", f"{path}: no whole line in it; let the run reach its first evaluation or log line"
+        )
     return lines, notes
 
 

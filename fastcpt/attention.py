@@ -169,10 +169,14 @@ def decide(name: str, setting: Setting, missing: Callable[[str], str | None]) ->
     Raises UserError when a backend other than auto cannot run.
     """
     if name not in get_args(Name):
-        raise UserError(f"train.attention {name!r} is unknown; it is one of {', '.join(get_args(Name))}")
+        raise UserError(
+            "attention-unknown", f"train.attention {name!r} is unknown; it is one of {', '.join(get_args(Name))}"
+        )
     if name != "auto":
         if why := refusal(name, setting) or missing(name):
-            raise UserError(f"train.attention is {name}, but {why}; use auto, which takes what can run")
+            raise UserError(
+                "attention-not-possible", f"train.attention is {name}, but {why}; use auto, which takes what can run"
+            )
         return name, f"{name}, as train.attention says"
     passed: list[str] = []
     for candidate in preference(setting):

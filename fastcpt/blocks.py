@@ -24,7 +24,7 @@ def read_sums(prefix: Path, pair: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
     check_size(path, 8 * (split + rest))
     sums = path.read_bytes()
     if hashlib.sha256(sums).hexdigest() != pair["sums_sha256"]:
-        raise DamagedError(f"{path}: differs from its hash in the manifest; restore it from a copy")
+        raise DamagedError("hash-differs", f"{path}: differs from its hash in the manifest; restore it from a copy")
     hashes = np.frombuffer(sums, "<u8")
     return hashes[:split], hashes[split:]
 
@@ -54,7 +54,8 @@ class BlockFile:
         actual = os.fstat(self._descriptor).st_size
         if actual != self.size:
             raise DamagedError(
-                f"{self.path}: {actual:,} bytes while reading at {offset:,}, it had {self.size:,}; it was changed under the run"
+                "file-changed-under-run",
+                f"{self.path}: {actual:,} bytes while reading at {offset:,}, it had {self.size:,}; it was changed under the run",
             )
         if self._map is None and self._reader == "mmap":
             self._hashes = self._load()
@@ -87,12 +88,14 @@ class BlockFile:
                 more = os.pread(self._descriptor, stop - at, at)
             except OSError as error:
                 raise DamagedError(
+                    "file-unreadable",
                     f"{self.path}: bytes {at:,} to {stop:,} cannot be read ({error.strerror}); "
-                    "restore the file from a copy"
+                    "restore the file from a copy",
                 ) from None
             if not more:
                 raise DamagedError(
-                    f"{self.path}: ends at {at:,} bytes, it had {self.size:,}; it was changed under the run"
+                    "file-changed-under-run",
+                    f"{self.path}: ends at {at:,} bytes, it had {self.size:,}; it was changed under the run",
                 )
             data += more
         return data

@@ -56,14 +56,16 @@ def together(function: Callable[[], Any], world: World, group: Any = None) -> li
         if error is not None:
             raise error
         return [value]
-    kind = next((cls for cls in (DamagedError, UserError) if isinstance(error, cls)), RuntimeError)
+    told = None
+    if error is not None:
+        kind = next((cls for cls in (DamagedError, UserError) if isinstance(error, cls)), RuntimeError)
+        told = kind.__name__, error.args if isinstance(error, UserError) else (f"process {world.rank}: {error}",)
     answers: list[Any] = [None] * world.size
-    dist.all_gather_object(answers, (value, None if error is None else (kind.__name__, str(error))), group=group)
-    for rank, (_, failure) in enumerate(answers):
+    dist.all_gather_object(answers, (value, told), group=group)
+    for _, failure in answers:
         if failure is not None:
-            name, text = failure
-            cls = {"DamagedError": DamagedError, "UserError": UserError}.get(name)
-            raise (cls(text) if cls else RuntimeError(f"process {rank}: {text}")) from error
+            name, arguments = failure
+            raise {"DamagedError": DamagedError, "UserError": UserError}.get(name, RuntimeError)(*arguments) from error
     return [value for value, _ in answers]
 
 
@@ -74,14 +76,19 @@ def load_tensors_(checkpoint: Path, tensors: dict[str, Tensor], world: World) ->
     """
     with warnings.catch_warnings():  # a single process is a single process
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.size == 1)
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.size == 1)
+        except dcp.api.CheckpointException as error:
+            causes = "; ".join(f"process {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+            text = f"{checkpoint}: its tensors cannot be loaded ({causes}); take another checkpoint"
+            raise DamagedError("checkpoint-not-loaded", text) from error
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises DamagedError when it was changed or makes no sense."""
     path = checkpoint / MANIFEST
     if not path.exists():
-        raise DamagedError(f"{path}: the file is missing; restore it from a copy")
+        raise DamagedError("file-missing", f"{path}: the file is missing; restore it from a copy")
     manifest = read_sealed(path, FORMAT, "the manifest of a checkpoint")
     check_form(
         path, manifest, {"step": int, "id": str, "files": {...: {"bytes": int, "hashes": [str]}}}, "the manifest"
@@ -89,9 +96,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     check_names(path, manifest["files"])
     for name, entry in manifest["files"].items():
         if not all(re.fullmatch("[0-9a-f]{16}", value) for value in entry["hashes"]):
-            raise DamagedError(f"{path}: a hash of {name} is not 16 hexadecimal digits; restore the manifest")
+            raise DamagedError(
+                "manifest-malformed", f"{path}: a hash of {name} is not 16 hexadecimal digits; restore the manifest"
+            )
     if checkpoint.name.startswith("step-") and checkpoint.name != f"step-{manifest['step']}":
-        raise DamagedError(f"{path}: of step {manifest['step']}, its folder is {checkpoint.name}; rename the folder")
+        raise DamagedError(
+            "checkpoint-of-another-step",
+            f"{path}: of step {manifest['step']}, its folder is {checkpoint.name}; rename the folder",
+        )
     return manifest
 
 
@@ -111,9 +123,9 @@ def verify(
         entries = manifest["files"]
         for path in checkpoint.iterdir():
             if path.name not in entries and path.name != MANIFEST:
-                raise DamagedError(f"{path}: the manifest does not know this file; remove it")
+                raise DamagedError("file-unknown", f"{path}: the manifest does not know this file; remove it")
             if path.is_symlink() or not path.is_file():
-                raise DamagedError(f"{path}: not a plain file; restore it from a copy")
+                raise DamagedError("file-not-plain", f"{path}: not a plain file; restore it from a copy")
         blocks = sum(len(entry["hashes"]) for entry in entries.values())
         mine = range(world.rank * blocks // world.size, (world.rank + 1) * blocks // world.size)
         passed = 0
@@ -124,9 +136,11 @@ def verify(
             try:
                 check_file(checkpoint / name, entry["bytes"], hashes, BLOCK_BYTES, first, last)
             except DamagedError as error:
-                raise DamagedError(f"{error}{_stranger(checkpoint / name, manifest['id'])}") from None
+                raise DamagedError(error.id, f"{error}{_stranger(checkpoint / name, manifest['id'])}") from None
             except OSError as error:
-                raise DamagedError(f"{checkpoint / name}: cannot be read ({error.strerror}); restore it") from None
+                raise DamagedError(
+                    "file-unreadable", f"{checkpoint / name}: cannot be read ({error.strerror}); restore it"
+                ) from None
             passed += count
             progress(entry["bytes"] * (last - first) // max(1, count))
 
@@ -171,7 +185,10 @@ def newest(run: Path, world: World = ALONE) -> Path | None:
             continue
         return path
     if errors:
-        raise UserError(f"{run}: every checkpoint is damaged ({errors[0]}); restore one, or start in a new folder")
+        raise UserError(
+            "every-checkpoint-damaged",
+            f"{run}: every checkpoint is damaged ({errors[0]}); restore one, or start in a new folder",
+        )
     return None
 
 
@@ -187,7 +204,7 @@ def find(source: str, world: World = ALONE) -> Path | None:
     if kind == "run":
         found = newest(path, world)
         if found is None:
-            raise UserError(f"{path}: a run without a checkpoint; train it first")
+            raise UserError("run-without-checkpoint", f"{path}: a run without a checkpoint; train it first")
         return found
     if kind:
         verify(path, world=world)
@@ -218,8 +235,9 @@ def lock(run: Path) -> TextIO:
     except OSError:
         file.seek(0)
         raise UserError(
+            "run-in-use",
             f"{run}: another run is writing to this folder ({file.read().strip() or 'it has not said which'}); stop it, or "
-            "use another run.output"
+            "use another run.output",
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")

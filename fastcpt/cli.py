@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fastcpt import UserError, __version__
 from fastcpt.config import Count, fields
@@ -124,7 +125,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from fastcpt import shards
 
     path = Path(arguments.path)
-    if (path / shards.MANIFEST).exists() and not (path / "state.json").exists():
+    if (path / shards.MANIFEST).exists() and not (path / "state.json").exists() and "step-" not in path.name:
         from fastcpt.data_prep.inspect_shards import verify
 
         verify(path)
@@ -167,7 +168,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     for entry in arguments.data:
         name, equals, path = entry.partition("=")
         if not equals or not name or not path:
-            raise UserError(f"--data {entry}: write it as NAME=DIR")
+            raise UserError("data-not-name-and-folder", f"--data {entry}: write it as NAME=DIR")
         sets[name] = path
     results = evaluation.evaluate_checkpoint(
         arguments.checkpoint, sets, arguments.seq_len, arguments.tokens, arguments.micro_batch
@@ -230,7 +231,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         from fastcpt.benchmarks import bench_prep
 
         if arguments.tokenizer is None:
-            raise UserError("bench prep: name the tokenizer with --tokenizer FILE")
+            raise UserError("option-missing", "bench prep: name the tokenizer with --tokenizer FILE")
         bench_prep.main(
             arguments.tokenizer,
             Path(arguments.text) if arguments.text else None,
@@ -343,17 +344,33 @@ def configured_help(command: str) -> str:
     ))  # fmt: skip
 
 
+class Parser(argparse.ArgumentParser):
+    """Wrong options are mistakes like any other: one line, with an id."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError("options-wrong", f"{message}; `{self.prog} --help` says what there is")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake of the user's (one line says which), others of training (`train.CODES`)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # decoded text on a terminal that cannot show it
+    try:
+        return _do(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"fastcpt: {error.line}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        return 0
+
+
+def _do(arguments: list[str]) -> int:
     if arguments[:1] in (["train"], ["plan"]):  # their options are the configuration's fields
         if not arguments[1:] or {"-h", "--help"} & set(arguments):
             print(configured_help(arguments[0]))
             return 0
-        return _answer(COMMANDS[arguments[0]][2], argparse.Namespace(rest=arguments[1:]))
-    parser = argparse.ArgumentParser("fastcpt", description="Continual pre-training of GPT-NeoX / Pythia models.")
+        return COMMANDS[arguments[0]][2](argparse.Namespace(rest=arguments[1:]))
+    parser = Parser("fastcpt", description="Continual pre-training of GPT-NeoX / Pythia models.")
     parser.add_argument("--version", action="version", version=f"fastcpt {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (summary, add, function) in COMMANDS.items():
@@ -362,17 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             add(command)
         command.set_defaults(function=function)
     parsed = parser.parse_args(arguments)
-    return _answer(parsed.function, parsed)
-
-
-def _answer(function: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    try:
-        return function(arguments)
-    except UserError as error:
-        print(f"fastcpt: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
-        return 0
+    return int(parsed.function(parsed))
 
 
 if __name__ == "__main__":

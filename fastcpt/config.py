@@ -14,7 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from fastcpt import UserError
+from fastcpt import PASSWORD, UserError
+from fastcpt.imports import without_imports
 
 
 class Count(int):
@@ -224,9 +225,9 @@ def check(config: Config) -> None:
     """What no single field's type says. Raises UserError."""
     data, train, optim, schedule, run = config.data, config.train, config.optim, config.schedule, config.run
 
-    def require(condition: bool, message: str) -> None:
+    def require(condition: bool, message: str, id: str = "setting-out-of-range") -> None:
         if not condition:
-            raise UserError(message)
+            raise UserError(id, message)
 
     for name, value in (
         ("data.seq_len", data.seq_len), ("train.tokens", train.tokens), ("train.micro_batch", train.micro_batch),
@@ -238,42 +239,49 @@ def check(config: Config) -> None:
     require(
         train.batch_tokens >= data.seq_len and train.batch_tokens % data.seq_len == 0,
         f"train.batch_tokens {train.batch_tokens} is not a multiple of data.seq_len {data.seq_len}",
+        "batch-not-whole-sequences",
     )
-    require(len(data.train) > 0, "data.train is empty; name at least one shard set")
+    paths = [source.path for source in data.train] + [entry.path for entry in data.val]
+    for text in (run.output, run.wandb or "", config.init.from_, *paths):
+        kept = f"{text}: the run's files would keep the password; write it without"
+        require(not PASSWORD.search(text), kept, "url-with-password")
+    require("://" not in run.output, f"run.output {run.output}: a URL; name a folder of this machine", "output-remote")
+    require(len(data.train) > 0, "data.train is empty; name at least one shard set", "sources-missing")
     for entries, what in ((data.train, "data.train"), (data.val, "data.val")):
         names = [entry.name for entry in entries]
-        require(len(set(names)) == len(names), f"{what}: the names {names} are not all different")
+        repeated = f"{what}: the names {names} are not all different"
+        require(len(set(names)) == len(names), repeated, "source-names-repeat")
     for source in data.train:
         require(
             0 < source.weight < math.inf,
             f"data.train {source.name}: weight {source.weight} is not a number above 0; to leave it out, remove the source",
+            "weight-out-of-range",
         )
-    require(
-        len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
-        f"optim.betas {optim.betas} must be two numbers from 0 to below 1",
-    )
+    good = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
+    require(good, f"optim.betas {optim.betas} must be two numbers from 0 to below 1")
     require(0 < run.timeout < math.inf, f"run.timeout {run.timeout} must be above 0 seconds")
     require(run.check_every >= 0, f"run.check_every is {run.check_every}; it must be at least 0")
-    require(
-        0 <= train.skip_spikes < math.inf,
-        f"train.skip_spikes {train.skip_spikes} must be a number from 0 on; 6 is usual",
-    )
+    spikes = 0 <= train.skip_spikes < math.inf
+    require(spikes, f"train.skip_spikes {train.skip_spikes} must be a number from 0 on; 6 is usual")
     require(optim.clip > 0, f"optim.clip {optim.clip} must be above 0; a large number clips nothing")
     require(optim.eps > 0, f"optim.eps {optim.eps} must be above 0")
     require(0 <= optim.weight_decay < math.inf, f"optim.weight_decay {optim.weight_decay} is not a number from 0 on")
-    require(
-        0 <= schedule.warmup < 1 or (schedule.warmup >= 1 and schedule.warmup % 1 == 0),
-        f"schedule.warmup {schedule.warmup} is neither a fraction below 1 nor a whole number of steps",
-    )
+    good = 0 <= schedule.warmup < 1 or (schedule.warmup >= 1 and schedule.warmup % 1 == 0)
+    require(good, f"schedule.warmup {schedule.warmup} is neither a fraction below 1 nor a whole number of steps")
     require(0 <= schedule.min_lr_ratio <= 1, f"schedule.min_lr_ratio {schedule.min_lr_ratio} is not from 0 to 1")
     if config.init.branch:
-        require(config.init.from_ != "scratch", "init.branch needs init.from: the checkpoint to go on from")
-        require(optim.lr is None, f"optim.lr {optim.lr}: a branch starts at its checkpoint's rate; remove optim.lr")
-        require(schedule.warmup == 0, f"schedule.warmup {schedule.warmup}: a branch has no warm-up; set it to 0")
+        for good, message, id in (
+            (config.init.from_ != "scratch", "init.branch needs init.from: the checkpoint to go on from",
+             "branch-without-checkpoint"),
+            (optim.lr is None, f"optim.lr {optim.lr}: a branch starts at its checkpoint's rate; remove optim.lr",
+             "branch-learning-rate"),
+            (schedule.warmup == 0, f"schedule.warmup {schedule.warmup}: a branch has no warm-up; set it to 0",
+             "branch-warmup"),
+        ):  # fmt: skip
+            require(good, message, id)
     else:
-        require(
-            optim.lr is not None and 0 < optim.lr < math.inf, f"optim.lr is {optim.lr}; give the peak learning rate"
-        )
+        good = optim.lr is not None and 0 < optim.lr < math.inf
+        require(good, f"optim.lr is {optim.lr}; give the peak learning rate", "learning-rate-missing")
 
 
 SECTIONS = ("model", "init", "data", "train", "optim", "schedule", "run")
@@ -346,24 +354,28 @@ def parse(arguments: Sequence[str]) -> Config:
     files = [arguments[index + 1] for index, argument in enumerate(arguments[:-1]) if argument == "--config"]
     for file in files:
         if not Path(file).is_file():
-            raise UserError(f"{file}: there is no such configuration file")
+            raise UserError("config-missing", f"{file}: there is no such configuration file")
         try:
             content = load(Path(file).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+            raise UserError("config-not-yaml", f"{file}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
-            raise UserError(f"{file}: not a mapping of sections ({', '.join(SECTIONS)})")
+            raise UserError("config-not-a-mapping", f"{file}: not a mapping of sections ({', '.join(SECTIONS)})")
         for section, value in content.items():
             if section not in SECTIONS:
-                raise UserError(f"{file}: there is no section {section!r}; there are {', '.join(SECTIONS)}")
+                raise UserError(
+                    "section-unknown", f"{file}: there is no section {section!r}; there are {', '.join(SECTIONS)}"
+                )
             if not isinstance(value, dict):
                 raise UserError(
-                    f"{file}: the section {section} is {value!r}, not a mapping; give its fields or remove it"
+                    "config-not-a-mapping",
+                    f"{file}: the section {section} is {value!r}, not a mapping; give its fields or remove it",
                 )
     try:
-        values = parser.instantiate(parser.parse_args(arguments))
+        values = without_imports(lambda: parser.instantiate(parser.parse_args(arguments)))
     except jsonargparse.ArgumentError as error:
-        raise UserError(f"{' '.join([*files, ''])}{' '.join(str(error).split()).replace('from_', 'from')}") from None
+        what = " ".join(str(error).split()).replace("from_", "from")
+        raise UserError("setting-invalid", f"{' '.join([*files, ''])}{what}") from None
     config = Config(**{section: values[section] for section in SECTIONS})
     if printing:
         print(to_yaml(config), end="")

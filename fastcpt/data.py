@@ -191,7 +191,8 @@ def parts_per_million(weights: Sequence[float]) -> list[int]:
         parts[i] += 1
     if 0 in parts:
         raise UserError(
-            f"data.train: weight {weights[parts.index(0)]} is below a millionth of the mixture; raise or remove it"
+            "weight-too-small",
+            f"data.train: weight {weights[parts.index(0)]} is below a millionth of the mixture; raise or remove it",
         )
     return parts
 
@@ -214,15 +215,20 @@ class Mixture:
             content = [source.fingerprint for source in phase.sources]
             if len(set(content)) < len(content):
                 raise UserError(
-                    f"data.train: {[s.name for s in phase.sources]} hold the same set twice; add up their weights"
+                    "shards-twice",
+                    f"data.train: {[s.name for s in phase.sources]} hold the same set twice; add up their weights",
                 )
         dtypes = {shard_set.dtype for shard_set in sets.values()}
         if len(dtypes) > 1:
-            raise UserError(f"data.train: the sets {list(sets)} hold ids of different types {sorted(map(str, dtypes))}")
+            raise UserError(
+                "shards-of-different-types",
+                f"data.train: the sets {list(sets)} hold ids of different types {sorted(map(str, dtypes))}",
+            )
         for shard_set in sets.values():
             if shard_set.num_windows(seq_len) == 0:
                 raise UserError(
-                    f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1"
+                    "shards-too-short",
+                    f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1; lower the length, or give a larger set",
                 )
 
     def _place(self, phase: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -314,7 +320,10 @@ def evaluation_windows(shard_set: ShardSet, seq_len: int, tokens: int) -> np.nda
     """
     size = shard_set.num_windows(seq_len)
     if size == 0:
-        raise UserError(f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1")
+        raise UserError(
+            "shards-too-short",
+            f"{shard_set.path}: {len(shard_set):,} tokens, fewer than one sequence of {seq_len} + 1; lower the length, or give a larger set",
+        )
     count = min(size, -(-tokens // seq_len))
     return np.sort(Permutation(size, ("evaluation", shard_set.fingerprint))(np.arange(count)))
 

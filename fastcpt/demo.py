@@ -188,7 +188,7 @@ def run(output: Path, quick: bool) -> int:
     size = QUICK if quick else FULL
     if output.exists():
         if not (output / ".demo").exists():
-            raise UserError(f"{output}: exists and is not a demo's folder; name another with --output")
+            raise UserError("output-exists", f"{output}: exists and is not a demo's folder; name another with --output")
         shutil.rmtree(output)
     output.mkdir(parents=True)
     (output / ".demo").touch()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastcpt import lineage, parallel
+from fastcpt import UserError, lineage, parallel
 from fastcpt.config import Count, Train
 from fastcpt.data import evaluation_windows
 from fastcpt.execution import Execution
@@ -88,9 +88,14 @@ def evaluate_checkpoint(
     source: str, sets: dict[str, str], seq_len: int, tokens: int | None, micro_batch: int
 ) -> dict[str, dict[str, Any]]:
     """What `fastcpt eval` prints: `evaluate` of a checkpoint, a run or a Hugging Face model on {name: shard set}."""
+    for option, value in (("seq-len", seq_len), ("micro-batch", micro_batch), ("tokens", tokens)):
+        if value is not None and value < 1:
+            raise UserError("option-out-of-range", f"--{option} {value}: must be 1 or more")
     opened = {name: ShardSet(path) for name, path in sets.items()}
     world = parallel.start("single")
-    model, _, _ = lineage.load_model(source, world.device)
+    model, tokenizer, _ = lineage.load_model(source, world.device)
+    if tokenizer is not None:
+        lineage.check_made_with(tokenizer, list(opened.values()))
     lineage.check_ids(list(opened.values()), model.arch.vocab_size)
     model.execution = Execution.choose(
         Train(tokens=Count(0), batch_tokens=Count(0)), world.device, model.arch.head_width, seq_len, False

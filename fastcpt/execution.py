@@ -38,9 +38,14 @@ class Execution:
         gpu = device.type != "cpu"
         kernels = train.kernels == "triton" or (train.kernels == "auto" and gpu)
         if kernels and not launch.on_triton(torch.empty(0, device=device)):
-            raise UserError(f"train.kernels is triton, which needs a GPU, and this is {device}; use auto")
+            raise UserError(
+                "kernels-need-gpu", f"train.kernels is triton, which needs a GPU, and this is {device}; use auto"
+            )
         # On a GPU blocks save memory and cost time; on CPU they save both.
         loss_blocks = train.loss == "blocks" or (train.loss == "auto" and not gpu)
         if loss_blocks and gpu and not kernels:
-            raise UserError("train.loss is blocks, which needs Triton kernels on a GPU; use train.kernels: auto")
+            raise UserError(
+                "loss-needs-kernels",
+                "train.loss is blocks, which needs Triton kernels on a GPU; use train.kernels: auto",
+            )
         return cls(dtype, kernels, loss_blocks, choose(train.attention, device, head_width, dtype, seq_len, documents))

@@ -31,6 +31,8 @@ def export(source: str, output: str, push: str | None = None) -> str:
 
     push: a hub id; the folder is then uploaded there (`upload`). Returns the repository's URL, or else the folder.
     """
+    if "://" in output:
+        raise UserError("output-remote", f"{output}: a URL; name a folder of this machine")
     if push is not None:
         check_hub(push)  # before the work, as far as it can be known without the network
     model, tokenizer, eod = lineage.load_model(source)
@@ -49,9 +51,11 @@ def check_hub(hub_id: str) -> None:
     try:
         validate_repo_id(hub_id)
     except HFValidationError:
-        raise UserError(f"--push {hub_id}: not a hub id; write it as NAME or ORGANISATION/NAME") from None
+        raise UserError(
+            "hub-id-malformed", f"--push {hub_id}: not a hub id; write it as NAME or ORGANISATION/NAME"
+        ) from None
     if not get_token():
-        raise UserError(f"--push {hub_id}: not logged in to the hub; run `hf auth login`, or set HF_TOKEN")
+        raise UserError("hub-login", f"--push {hub_id}: not logged in to the hub; run `hf auth login`, or set HF_TOKEN")
 
 
 def upload(folder: Path, hub_id: str) -> str:
@@ -67,7 +71,7 @@ def upload(folder: Path, hub_id: str) -> str:
 
     def refused(reason: str) -> UserError:
         then = f"{folder} is whole; then `hf upload --private {hub_id} {folder}`"
-        return UserError(f"--push {hub_id}: {_plain(reason.replace(token, '***'))}; {then}")
+        return UserError("hub-refuses", f"--push {hub_id}: {_plain(reason.replace(token, '***'))}; {then}")
 
     api = HfApi(token=token, library_name="fastcpt", library_version=__version__)
     try:

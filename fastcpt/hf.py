@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import torch
 
 from fastcpt import UserError
-from fastcpt.integrity import read_json, sync_directory, sync_file, write_json
+from fastcpt.integrity import check_inside, read_json, sync_directory, sync_file, write_json
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import fill_
 
@@ -55,13 +55,16 @@ GELU: dict[str, Literal["erf", "tanh"]] = {
     "gelu_fast": "tanh",
     "gelu_pytorch_tanh": "tanh",
 }
-# What no GPT-NeoX of ours has, with the value of a file that does not say.
+# What no GPT-NeoX of ours has: (key, its only value, that of a file which does not say, the mend, the error's id).
 FIXED = (
-    ("model_type", "gpt_neox", None, "only GPT-NeoX models can be trained"),
-    ("tie_word_embeddings", False, False, "only untied embeddings are supported; save the model with an embed_out"),
-    ("attention_bias", True, True, "only attention with biases is supported; save the model with zeros for them"),
-    ("auto_map", None, None, "code that comes with a model is never run; remove the key if this is plain GPT-NeoX"),
-)
+    ("model_type", "gpt_neox", None, "only GPT-NeoX models can be trained", "model-not-gpt-neox"),
+    ("tie_word_embeddings", False, False, "only untied embeddings are supported; save the model with an embed_out",
+     "model-embeddings-tied"),
+    ("attention_bias", True, True, "only attention with biases is supported; save the model with zeros for them",
+     "model-without-biases"),
+    ("auto_map", None, None, "code that comes with a model is never run; remove the key if this is plain GPT-NeoX",
+     "model-brings-code"),
+)  # fmt: skip
 # Buffers that old files carry: masks and frequencies, which follow from the configuration.
 BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 
@@ -80,8 +83,10 @@ def resolve(source: str) -> Path:
     if folder.is_dir():
         return folder
     hub_id, _, revision = source.partition("@")
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
-        raise UserError(f"{source}: not a folder, and not a hub-id[@revision]; give the folder of a checkpoint")
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", hub_id):
+        raise UserError(
+            "model-missing", f"{source}: not a folder, and not a hub-id[@revision]; give the folder of a checkpoint"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -89,16 +94,20 @@ def resolve(source: str) -> Path:
         patterns = ["*.safetensors", "*.json"]
         return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns))
     except RevisionNotFoundError:
-        raise UserError(f"{source}: {hub_id} has no revision {revision!r}; its page on the hub lists them") from None
+        raise UserError(
+            "hub-revision-unknown", f"{source}: {hub_id} has no revision {revision!r}; its page on the hub lists them"
+        ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{source}: no such folder, and no such model on the hub; mend the name, or log in to see a private one"
+            "model-not-on-hub",
+            f"{source}: no such folder, and no such model on the hub; mend the name, or log in to see a private one",
         ) from None
     except Exception as error:  # the classes for a dead network, a full disk and a bad name differ between versions
         reason = str(error).partition("\n")[0]
         raise UserError(
+            "hub-no-answer",
             f"{source}: no such folder, and the hub did not deliver it ({type(error).__name__}: {reason}); "
-            "mend the name or the network, or give the folder of a downloaded copy"
+            "mend the name or the network, or give the folder of a downloaded copy",
         ) from error
 
 
@@ -108,8 +117,7 @@ def member(directory: Path, name: str) -> Path:
     if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
         root = root.parents[2]  # the hub's cache: files are links to blobs beside the snapshots
     path = directory / name
-    if not path.resolve().is_relative_to(root):
-        raise UserError(f"{path}: a link to {path.resolve()}, outside of its folder; copy the file itself there")
+    check_inside(path, root)
     return path
 
 
@@ -121,8 +129,8 @@ def read_architecture(directory: Path) -> Architecture:
     file = member(directory, "config.json")
     config = read_json(file, "the configuration of a Hugging Face model")
 
-    def refuse(key: str, value: Any, mend: str) -> NoReturn:
-        raise UserError(f"{file}: {key} is {json.dumps(value)}; {mend}")
+    def refuse(key: str, value: Any, mend: str, id: str = "model-config-value") -> NoReturn:
+        raise UserError(id, f"{file}: {key} is {json.dumps(value)}; {mend}")
 
     def number(key: str, value: Any, kind: tuple[type[int] | type[float], ...]) -> Any:
         if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < 2**62:  # NaN compares false
@@ -132,15 +140,19 @@ def read_architecture(directory: Path) -> Architecture:
     def agreed(keys: tuple[str, ...]) -> tuple[str, Any]:
         given = {key: config[key] for key in keys if config.get(key) is not None}
         if not given:
-            raise UserError(f"{file}: {keys[0]} is missing; take the config.json that belongs to these weights")
+            missing = f"{file}: {keys[0]} is missing; take the config.json that belongs to these weights"
+            raise UserError("model-config-key-missing", missing)
         values = list(given.values())
         if values.count(values[0]) != len(values):
-            raise UserError(f"{file}: {json.dumps(given)} disagree; keep the one that the model was trained with")
+            raise UserError(
+                "model-config-disagrees",
+                f"{file}: {json.dumps(given)} disagree; keep the one that the model was trained with",
+            )
         return next(iter(given.items()))
 
-    for key, only, default, mend in FIXED:
+    for key, only, default, mend, id in FIXED:
         if (value := config.get(key, default)) != only:
-            refuse(key, value, mend)
+            refuse(key, value, mend, id)
     for section in ("rope_parameters", "rope_scaling"):
         settings = config.get(section) or {}
         if not isinstance(settings, dict):
@@ -150,14 +162,15 @@ def read_architecture(directory: Path) -> Architecture:
                 key in ("rope_type", "type") and value == "default"
             )
             if not plain:
-                refuse(f"{section}.{key}", value, "only the default rotary embedding is supported, without scaling")
+                mend = "only the default rotary embedding is supported, without scaling"
+                refuse(f"{section}.{key}", value, mend, "model-rotary-scaled")
             config[f"{section}.{key}"] = value
     for key in ("hidden_dropout", "attention_dropout", "hidden_dropout_prob", "attention_dropout_prob"):
         if config.get(key):
             log.warning("%s: %s is %s; training runs without dropout", file, key, config[key])
     _, activation = agreed(("hidden_act",))
     if not isinstance(activation, str) or activation not in GELU:
-        refuse("hidden_act", activation, f"known are {', '.join(GELU)}")
+        refuse("hidden_act", activation, f"known are {', '.join(GELU)}", "model-activation-unknown")
     # Files from before the key existed mean the parallel form.
     if not isinstance(parallel := config.get("use_parallel_residual", True), bool):
         refuse("use_parallel_residual", parallel, "it must be true or false")
@@ -166,7 +179,7 @@ def read_architecture(directory: Path) -> Architecture:
     try:
         return Architecture(**fields, gelu=GELU[activation], parallel_residual=parallel)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(error.id, f"{file}: {error}") from None
 
 
 @contextmanager
@@ -179,7 +192,8 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path}: not a whole safetensors file ({error}); copy or download it again (a Git LFS pointer is not it)"
+            "safetensors-damaged",
+            f"{path}: not a whole safetensors file ({error}); copy or download it again (a Git LFS pointer is not it)",
         ) from None
 
 
@@ -196,14 +210,19 @@ def headers(directory: Path) -> dict[str, Stored]:
                 if found
                 else "give the folder of a Hugging Face checkpoint"
             )
-            raise UserError(f"{directory}: neither {SINGLE} nor {INDEX}; {way_out}")
+            raise UserError("weights-missing", f"{directory}: neither {SINGLE} nor {INDEX}; {way_out}")
         index = member(directory, INDEX)
         weight_map = read_json(index, "the index of a checkpoint").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: weight_map is {json.dumps(weight_map)}; download the index again")
+            raise UserError(
+                "weight-index-malformed", f"{index}: weight_map is {json.dumps(weight_map)}; download the index again"
+            )
         for name, file in weight_map.items():
             if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-                raise UserError(f"{index}: {name} is in {json.dumps(file)}; it must be a plain file name of the folder")
+                raise UserError(
+                    "path-outside-folder",
+                    f"{index}: {name} is in {json.dumps(file)}; it must be a plain file name of the folder",
+                )
         names = sorted(set(weight_map.values()))
     tensors: dict[str, Stored] = {}
     for path in (member(directory, name) for name in names):
@@ -212,12 +231,13 @@ def headers(directory: Path) -> dict[str, Stored]:
                 part = file.get_slice(name)
                 if weight_map is not None and weight_map.get(name) != path.name:
                     raise UserError(
-                        f"{path}: has {name}, which the index puts in {weight_map.get(name)}; download both again"
+                        "weight-index-disagrees",
+                        f"{path}: has {name}, which the index puts in {weight_map.get(name)}; download both again",
                     )
                 tensors[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
     for name, file in (weight_map or {}).items():
         if name not in tensors:
-            raise UserError(f"{directory / file}: {name} is missing; download the file again")
+            raise UserError("tensor-missing", f"{directory / file}: {name} is missing; download the file again")
     return {name: stored for name, stored in tensors.items() if not BUFFERS.fullmatch(name)}
 
 
@@ -238,24 +258,29 @@ def load_weights_(model: GPTNeoX, directory: Path) -> None:
     tensors = headers(directory)
     if missing := sorted(parameters.keys() - tensors.keys()):
         raise UserError(
-            f"{directory}: {missing[0]} is missing, {len(missing)} in all; take the weights that belong to its config.json"
+            "tensor-missing",
+            f"{directory}: {missing[0]} is missing, {len(missing)} in all; take the weights that belong to its config.json",
         )
     for name, (path, dtype, shape) in sorted(tensors.items()):
         if name not in parameters:
-            raise UserError(f"{path}: {name} is unexpected; GPT-NeoX as config.json describes it has no such tensor")
+            wrong = f"{path}: {name} is unexpected; GPT-NeoX as config.json describes it has no such tensor"
+            raise UserError("tensor-unexpected", wrong)
         if shape != parameters[name].shape:
             raise UserError(
+                "tensor-shape",
                 f"{path}: {name} has the shape {list(shape)}, config.json says {list(parameters[name].shape)}; "
-                "take the weights that belong to it"
+                "take the weights that belong to it",
             )
         if dtype not in ("F32", "F16", "BF16"):
-            raise UserError(f"{path}: {name} has the dtype {dtype}; save the weights as float32, float16 or bfloat16")
+            wrong = f"{path}: {name} has the dtype {dtype}; save the weights as float32, float16 or bfloat16"
+            raise UserError("tensor-dtype", wrong)
     for path in sorted({stored.file for stored in tensors.values()}):
         with opened(path) as file:
             for name in (name for name, stored in tensors.items() if stored.file == path):
                 tensor = file.get_tensor(name)
                 if bad := int((~tensor.isfinite()).sum()):
-                    raise UserError(f"{path}: {name} has {bad:,} values that are NaN or infinite; download it again")
+                    wrong = f"{path}: {name} has {bad:,} values that are NaN or infinite; download it again"
+                    raise UserError("tensor-not-finite", wrong)
                 fill_(parameters[name], tensor)
 
 
@@ -277,12 +302,17 @@ def end_of_document(tokenizer: Path, eod: str, vocab_size: int) -> int:
     try:
         loaded = Tokenizer.from_str(tokenizer.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for content that it cannot read
-        raise UserError(f"{tokenizer}: not a tokenizer.json ({error}); give the one that made the shards") from error
+        raise UserError(
+            "tokenizer-broken", f"{tokenizer}: not a tokenizer.json ({error}); give the one that made the shards"
+        ) from error
     largest = max(loaded.get_vocab().values(), default=-1)
     if largest >= vocab_size:
-        raise UserError(f"{tokenizer}: has the id {largest}, the model {vocab_size} rows; give the model's tokenizer")
+        raise UserError(
+            "tokenizer-beyond-model",
+            f"{tokenizer}: has the id {largest}, the model {vocab_size} rows; give the model's tokenizer",
+        )
     if (token := loaded.token_to_id(eod)) is None:
-        raise UserError(f"{tokenizer}: has no token {eod!r}; name its end-of-document token")
+        raise UserError("eod-unknown", f"{tokenizer}: has no token {eod!r}; name its end-of-document token")
     return token
 
 
@@ -331,7 +361,7 @@ def save_pretrained(
 
     path = Path(path).resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists; name a new folder, or remove it")
+        raise UserError("output-exists", f"{path}: exists; name a new folder, or remove it")
     eod_id = None if tokenizer is None else end_of_document(tokenizer, eod, model.arch.vocab_size)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,16 +42,21 @@ def check_size(path: Path, size: int) -> None:
     try:
         actual = path.stat().st_size
     except FileNotFoundError:
-        raise DamagedError(f"{path}: the file is missing; restore it from a copy, or make it again") from None
+        raise DamagedError(
+            "file-missing", f"{path}: the file is missing; restore it from a copy, or make it again"
+        ) from None
     if actual != size:
-        raise DamagedError(f"{path}: {actual:,} bytes, its manifest says {size:,}; restore it, or make it again")
+        raise DamagedError(
+            "file-size", f"{path}: {actual:,} bytes, its manifest says {size:,}; restore it, or make it again"
+        )
 
 
 def check_block(path: Path, start: int, block: bytes | memoryview, expected: int) -> None:
     """Raises DamagedError with the byte range unless `block`, which starts at byte `start` of a file, has its hash."""
     if block_hash(block) != expected:
         raise DamagedError(
-            f"{path}: bytes {start:,} to {start + len(block):,} differ from their hash; restore the file from a copy"
+            "hash-differs",
+            f"{path}: bytes {start:,} to {start + len(block):,} differ from their hash; restore the file from a copy",
         )
 
 
@@ -64,7 +69,9 @@ def check_file(
     """
     check_size(path, size)
     if len(hashes) != -(-size // block_bytes):
-        raise DamagedError(f"{path}: its manifest has {len(hashes):,} hashes for {size:,} bytes; restore the manifest")
+        raise DamagedError(
+            "hash-count", f"{path}: its manifest has {len(hashes):,} hashes for {size:,} bytes; restore the manifest"
+        )
     with open(path, "rb", buffering=0) as file:
         file.seek(first * block_bytes)
         for index in range(first, len(hashes) if last is None else last):
@@ -150,13 +157,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; it should be {what}") from None
+        raise UserError("file-missing", f"{path}: not found; it should be {what}") from None
     except OSError as error:
-        raise DamagedError(f"{path}: cannot be read ({error.strerror}); it should be {what}") from None
+        raise DamagedError(
+            "file-unreadable", f"{path}: cannot be read ({error.strerror}); it should be {what}"
+        ) from None
     except ValueError as error:
-        raise DamagedError(f"{path}: not JSON ({error}); it should be {what}") from None
+        raise DamagedError("json-broken", f"{path}: not JSON ({error}); it should be {what}") from None
     if not isinstance(value, dict):
-        raise DamagedError(f"{path}: holds a {type(value).__name__}, not an object; it should be {what}")
+        raise DamagedError(
+            "json-not-an-object", f"{path}: holds a {type(value).__name__}, not an object; it should be {what}"
+        )
     return value
 
 
@@ -174,10 +185,14 @@ def read_sealed(path: Path, kind: str, what: str) -> dict[str, Any]:
     recorded = value.pop("sha256", None)
     if recorded != sha256_json(value):
         raise DamagedError(
-            f"{path}: its content does not match its own hash; restore it from a copy, or make {what} again"
+            "manifest-changed",
+            f"{path}: its content does not match its own hash; restore it from a copy, or make {what} again",
         )
     if (value.get("format"), value.get("version")) != (kind, 1):
-        raise DamagedError(f"{path}: format {value.get('format')!r} version {value.get('version')!r}, not {kind!r} 1")
+        raise DamagedError(
+            "manifest-format",
+            f"{path}: format {value.get('format')!r} version {value.get('version')!r}, not {kind!r} 1; name another folder",
+        )
     return value
 
 
@@ -192,14 +207,16 @@ def check_form(path: Path, value: Any, form: Any, where: str = "it") -> None:
     else:
         good = type(value) is (form if form is str else type(form))
     if not good:
-        raise DamagedError(wrong)
+        raise DamagedError("manifest-malformed", wrong)
     if isinstance(form, list):
         for index, entry in enumerate(value):
             check_form(path, entry, form[0], f"{where}[{index}]")
     elif isinstance(form, dict):
         for key in value if ... in form else form:
             if key not in value:
-                raise DamagedError(f"{path}: {where} has no {key!r}; restore it from a copy, or make it again")
+                raise DamagedError(
+                    "manifest-malformed", f"{path}: {where} has no {key!r}; restore it from a copy, or make it again"
+                )
             check_form(path, value[key], form.get(key, form.get(...)), f"{where}.{key}")
 
 
@@ -207,7 +224,19 @@ def check_names(path: Path, names: Iterable[str]) -> None:
     """The file names that a manifest at `path` gives must be plain: nothing outside its folder is read."""
     for name in names:
         if Path(name).name != name or name in ("", ".", "..") or "\0" in name or len(name.encode()) > 250:
-            raise DamagedError(f"{path}: names a file {name[:300]!r}, outside its folder, or one that no file can have")
+            raise DamagedError(
+                "path-outside-folder",
+                f"{path}: names a file {name[:300]!r}, outside its folder, or one that no file can have",
+            )
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """Raises DamagedError for a link that leaves the folder `root`: it could name any file of the machine."""
+    if not path.resolve().is_relative_to(root):
+        raise DamagedError(
+            "link-outside-folder",
+            f"{path}: a link to {path.resolve()}, outside of its folder; copy the file itself there",
+        )
 
 
 class HashingWriter:

@@ -54,9 +54,14 @@ def choose(setting: str, size: int, machine: int, needed: dict[int, int], memory
     if size == 1:
         return "single", "one process"
     if setting == "hsdp" and machine == size:
-        raise UserError("train.parallel is hsdp, but all processes are on one machine; use fsdp or auto")
+        raise UserError(
+            "hsdp-one-machine", "train.parallel is hsdp, but all processes are on one machine; use fsdp or auto"
+        )
     if setting == "hsdp" and size % machine:
-        raise UserError(f"train.parallel is hsdp, but {size} processes are not {machine} on every machine; use fsdp")
+        raise UserError(
+            "hsdp-uneven-machines",
+            f"train.parallel is hsdp, but {size} processes are not {machine} on every machine; use fsdp",
+        )
     if setting != "auto":
         return setting, "as train.parallel says"  # type: ignore[return-value]
     gib = {shards: f"{bytes_ / 2**30:.1f} of {memory / 2**30:.1f} GiB" for shards, bytes_ in needed.items()}
@@ -103,7 +108,8 @@ class Layout:
             mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
         if tree and (world.size & (world.size - 1) or (kind == "hsdp" and world.size > 2 * machine)):
             raise UserError(
-                f"train.deterministic takes a power of two of processes, and of hsdp two machines; there are {world.size}"
+                "deterministic-processes",
+                f"train.deterministic takes a power of two of processes, and of hsdp two machines; there are {world.size}",
             )
         return cls(kind, why, world, mesh, tree)
 
@@ -117,11 +123,15 @@ class Layout:
             sequences = train.batch_tokens // config.data.seq_len
             if sequences % (world.size * train.micro_batch):
                 raise UserError(
+                    "deterministic-micro-batch",
                     f"train.deterministic takes whole micro-batches: {sequences} sequences a step are not a multiple of "
-                    f"{world.size} processes x train.micro_batch {train.micro_batch}; lower it"
+                    f"{world.size} processes x train.micro_batch {train.micro_batch}; lower it",
                 )
             if config.optim.moments != "fp32":
-                raise UserError("train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random")
+                raise UserError(
+                    "deterministic-moments",
+                    "train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random",
+                )
         return cls.make(kind, why, world, train.deterministic)
 
     @property

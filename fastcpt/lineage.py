@@ -56,7 +56,9 @@ def find_origin(config: Config, world: World) -> Origin:
     source = config.init.from_
     if source == "scratch":
         if config.init.optimizer == "keep":
-            raise UserError("init.optimizer is keep, but a run from scratch has no moments to keep; remove it")
+            raise UserError(
+                "moments-missing", "init.optimizer is keep, but a run from scratch has no moments to keep; remove it"
+            )
         arch = replace(resolve_architecture(config.model, None, "scratch"), max_positions=config.data.seq_len)
         return Origin("scratch", arch)
     found = checkpoint.find(source, world)
@@ -68,7 +70,8 @@ def find_origin(config: Config, world: World) -> Origin:
     for setting in ("branch", "optimizer: keep"):
         if config.init.branch if setting == "branch" else config.init.optimizer == "keep":
             raise UserError(
-                f"init.{setting} needs Adam's moments, and {source} has weights alone; start from a checkpoint"
+                "moments-missing",
+                f"init.{setting} needs Adam's moments, and {source} has weights alone; start from a checkpoint",
             )
     arch = resolve_architecture(config.model, hf.read_architecture(folder), source)
     return Origin("pretrained", _reaching(arch, config), folder)
@@ -110,17 +113,26 @@ def check_tokenizer(config: Config, origin: Origin, sets: Sequence[ShardSet]) ->
     for shard_set in sets[1:]:
         if shard_set.manifest["tokenizer"]["fingerprint"] != expected:
             raise UserError(
-                f"{shard_set.path}: made with another tokenizer than {owner}; prepare both with the same one"
+                "tokenizer-differs",
+                f"{shard_set.path}: made with another tokenizer than {owner}; prepare both with the same one",
             )
     if origin.kind == "scratch" or config.init.force:
         return
     assert origin.path is not None
     beside = origin.path / "tokenizer.json"
-    if beside.exists() and tokenizer_fingerprint(beside.read_bytes()) != expected:
-        raise UserError(
-            f"{beside}: the model's tokenizer is not the one that made {owner}; prepare the text with the model's "
-            "(--tokenizer), or say init.force: true if the ids mean the same"
-        )
+    if beside.exists():
+        check_made_with(beside, sets[:1], ", or say init.force: true if the ids mean the same")
+
+
+def check_made_with(tokenizer: Path, sets: Sequence[ShardSet], else_: str = "") -> None:
+    """Raises UserError when a set was made with another tokenizer than this file of a model."""
+    for shard_set in sets:
+        if shard_set.manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint(tokenizer.read_bytes()):
+            raise UserError(
+                "tokenizer-differs",
+                f"{tokenizer}: the model's tokenizer is not the one that made {shard_set.path}; prepare the text with the "
+                f"model's (--tokenizer){else_}",
+            )
 
 
 def check_resume(config: Config, state: dict[str, Any], data: dict[str, Any]) -> None:
@@ -148,8 +160,9 @@ def check_resume(config: Config, state: dict[str, Any], data: dict[str, Any]) ->
     ]
     if changed:
         raise UserError(
+            "run-config-changed",
             f"{config.run.output}: this run is at step {state['step']} with another configuration ({'; '.join(changed)}); "
-            "put it back, or start in a new folder (init.from this one, with or without init.branch)"
+            "put it back, or start in a new folder (init.from this one, with or without init.branch)",
         )
 
 
@@ -227,7 +240,7 @@ def check_rewarm(config: Config, origin: Origin, plan: Plan, sets: dict[str, Sha
             "raises the loss (arXiv 2308.04014, finding 3); use init.branch: true to go on without a rise"
         )
         if not config.init.force:
-            raise UserError(message + ", or init.force: true to do it all the same")
+            raise UserError("learning-rate-rises", message + ", or init.force: true to do it all the same")
         print(f"warning: {message}", file=sys.stderr)
     elif not history["complete"]:
         print(
@@ -242,7 +255,8 @@ def check_ids(sets: Sequence[ShardSet], vocab_size: int) -> None:
     for shard_set in sets:
         if shard_set.vocab_size > vocab_size:
             raise UserError(
-                f"{shard_set.path}: its tokenizer has {shard_set.vocab_size:,} ids, the model {vocab_size:,} rows; use the model's tokenizer"
+                "tokenizer-beyond-model",
+                f"{shard_set.path}: its tokenizer has {shard_set.vocab_size:,} ids, the model {vocab_size:,} rows; use the model's tokenizer",
             )
 
 
@@ -261,7 +275,10 @@ def prepare(config: Config, world: World, processes: int) -> Inputs:
     """Opens the data, finds the origin, and refuses what cannot or should not be run: the start of `train` and `plan`."""
     data, batch = config.data, config.train.batch_tokens // config.data.seq_len
     if batch < processes:
-        raise UserError(f"train.batch_tokens is {batch} sequences, fewer than {processes} processes; raise it")
+        raise UserError(
+            "batch-below-processes",
+            f"train.batch_tokens is {batch} sequences, fewer than {processes} processes; raise it",
+        )
     sets = {source.name: ShardSet(source.path, data.reader) for source in data.train}
     val_sets = {entry.name: ShardSet(entry.path, data.reader) for entry in data.val}
     origin = find_origin(config, world)
@@ -280,8 +297,9 @@ def prepare(config: Config, world: World, processes: int) -> Inputs:
         position = origin.state["data"]
         if (position["seq_len"], position["seed"]) != (data.seq_len, config.train.seed):
             raise UserError(
+                "branch-position",
                 f"init.branch keeps the data position, so data.seq_len and train.seed must stay {position['seq_len']} and "
-                f"{position['seed']}; they are {data.seq_len} and {config.train.seed}"
+                f"{position['seed']}; they are {data.seq_len} and {config.train.seed}",
             )
         seen = position["seen"]
     mixture = Mixture(sets, make_phases(config, origin, sets, seen), data.seq_len, config.train.seed)

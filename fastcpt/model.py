@@ -53,13 +53,16 @@ class Architecture:
             object.__setattr__(self, "mlp_width", 4 * self.width)
         for name in ("layers", "width", "heads", "vocab_size", "mlp_width"):
             if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError("setting-out-of-range", f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:
-            raise UserError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
+            raise UserError(
+                "width-not-multiple-of-heads", f"model.width {self.width} is not a multiple of model.heads {self.heads}"
+            )
         if self.rotary_width % 2 or not 0 <= self.rotary_fraction <= 1:
             raise UserError(
+                "rotary-fraction",
                 f"model.rotary_fraction {self.rotary_fraction} rotates {self.rotary_width} of {self.head_width} values of "
-                "a head; it must be an even number, from a fraction of 0 to 1"
+                "a head; it must be an even number, from a fraction of 0 to 1",
             )
 
     @property
@@ -97,17 +100,22 @@ def resolve_architecture(config: ModelConfig, source: Architecture | None, where
     preset = None
     if config.preset is not None:
         if config.preset not in PRESETS:
-            raise UserError(f"model.preset {config.preset!r} is unknown; known are {', '.join(PRESETS)}")
+            raise UserError(
+                "preset-unknown", f"model.preset {config.preset!r} is unknown; known are {', '.join(PRESETS)}"
+            )
         preset = PRESETS[config.preset]
     if source is None:
         if preset is None and not {"layers", "width", "heads", "vocab_size"} <= given.keys():
-            raise UserError("model: from scratch it takes a preset, or layers, width, heads and vocab_size")
+            raise UserError(
+                "model-undescribed", "model: from scratch it takes a preset, or layers, width, heads and vocab_size"
+            )
         return replace(preset, **{"mlp_width": 0, **given}) if preset else Architecture(**given)
     sizes = {name: getattr(preset, name) for name in ("layers", "width", "heads", "vocab_size")} if preset else {}
     for name, value in {**sizes, **given}.items():
         if name != "gelu" and value != getattr(source, name):
             raise UserError(
-                f"model.{name} is {value}, but {where} has {getattr(source, name)}; remove it from the configuration"
+                "model-differs-from-source",
+                f"model.{name} is {value}, but {where} has {getattr(source, name)}; remove it from the configuration",
             )
     return replace(source, gelu=config.gelu or source.gelu)
 

@@ -47,9 +47,11 @@ class AdamW(torch.optim.AdamW):
         device = parameters[0].device
         if kernels:
             if not launch.on_triton(parameters[0]):
-                raise UserError("the kernels of AdamW need a GPU; use torch's fused AdamW on CPU")
+                raise UserError("kernels-need-gpu", "the kernels of AdamW need a GPU; use torch's fused AdamW on CPU")
         elif moments != torch.float32 and device.type != "cpu":
-            raise UserError(f"{moments} moments on {device} need the kernels of AdamW; torch's are fp32")
+            raise UserError(
+                "moments-need-kernels", f"{moments} moments on {device} need the kernels of AdamW; torch's are fp32"
+            )
         self.config = config
         self.parameters = parameters
         self.elementwise = elementwise

@@ -57,10 +57,10 @@ class World:
             except UserError as caught:
                 error = caught
         if self.size > 1:
-            answers = [(value, None if error is None else str(error))]
+            answers = [(value, None if error is None else error.args)]
             dist.broadcast_object_list(answers, device=self.device)
-            value, message = answers[0]
-            error = error or (None if message is None else UserError(message))
+            value, told = answers[0]
+            error = error or (None if told is None else UserError(*told))
         if error is not None:
             raise error
         return value
@@ -78,14 +78,21 @@ def start(parallel: str, timeout: float = 1800.0) -> World:
         arguments = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]  # `fastcpt train ...`
         command = f"torchrun --nproc_per_node={gpus} -m fastcpt.train {shlex.join(arguments)}"
         raise UserError(
-            f"{gpus} GPUs are visible but there is one process; run `{command}`, or set train.parallel: single"
+            "gpus-idle",
+            f"{gpus} GPUs are visible but there is one process; run `{command}`, or set train.parallel: single",
         )
     if size == 1 and parallel not in ("auto", "single"):
-        raise UserError(f"train.parallel is {parallel}, but there is one process; start it with torchrun, or use auto")
+        raise UserError(
+            "parallel-alone",
+            f"train.parallel is {parallel}, but there is one process; start it with torchrun, or use auto",
+        )
     if size > 1 and parallel == "single":
-        raise UserError(f"train.parallel is single, but torchrun started {size} processes; use auto")
+        raise UserError("parallel-single", f"train.parallel is single, but torchrun started {size} processes; use auto")
     if gpus and local_rank >= gpus:
-        raise UserError(f"process {local_rank} of this machine has no GPU: {gpus} are visible; lower --nproc_per_node")
+        raise UserError(
+            "gpus-too-few",
+            f"process {local_rank} of this machine has no GPU: {gpus} are visible; lower --nproc_per_node",
+        )
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)

@@ -68,9 +68,12 @@ def prepare(config: Config, processes: int) -> Prepared:
     """The steps of `train.setup` up to the model, in its order. Raises the UserError that it would raise."""
     data, train = config.data, config.train
     if processes == 1 and train.parallel not in ("auto", "single"):
-        raise UserError(f"train.parallel is {train.parallel}, but there is one process; say --processes N, or use auto")
+        raise UserError(
+            "parallel-alone",
+            f"train.parallel is {train.parallel}, but there is one process; say --processes N, or use auto",
+        )
     if processes > 1 and train.parallel == "single":
-        raise UserError(f"train.parallel is single, but there are {processes} processes; use auto")
+        raise UserError("parallel-single", f"train.parallel is single, but there are {processes} processes; use auto")
     inputs = lineage.prepare(config, World(0, 1, torch.device("cpu")), processes)
     origin = inputs.origin
     if origin.kind == "pretrained" and origin.path is not None:
@@ -350,15 +353,20 @@ def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
 def main(arguments: list[str]) -> int:
     """Prints the plan of `--config FILE [--processes N] [--per-machine M] [--memory GIB] [--section.field VALUE ...]`.
     Raises UserError."""
-    parser = argparse.ArgumentParser("fastcpt plan", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("fastcpt plan", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--processes", default=os.environ.get("WORLD_SIZE", "1"))
     parser.add_argument("--per-machine", default=str(PER_MACHINE))
     parser.add_argument("--memory", default=str(MEMORY_GIB))
-    known, rest = parser.parse_known_args(arguments)
+    try:
+        known, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError("options-wrong", f"{error}; `fastcpt plan --help` says what there is") from None
     for name in ("processes", "per_machine", "memory"):
         value = getattr(known, name)
         if not (value.isascii() and value.isdigit() and int(value) >= 1):
-            raise UserError(f"--{name.replace('_', '-')} {value!r}: write a whole number, from 1 on")
+            raise UserError(
+                "option-out-of-range", f"--{name.replace('_', '-')} {value!r}: write a whole number, from 1 on"
+            )
     prepared = replace(
         prepare(parse(rest), int(known.processes)), machine=int(known.per_machine), device_bytes=int(known.memory) << 30
     )

@@ -87,7 +87,10 @@ def _state(run: Path) -> tuple[Path, dict[str, Any]]:
     if not folders and (run / "state.json").exists():
         folders = [run]
     if not folders:
-        raise UserError(f"{run}: neither a run with a checkpoint nor a checkpoint; --step needs what one records")
+        raise UserError(
+            "run-without-checkpoint",
+            f"{run}: neither a run with a checkpoint nor a checkpoint; --step needs what one records",
+        )
     for folder in folders:
         try:
             files = read_sealed(folder / "manifest.json", CHECKPOINT_FORMAT, "the checkpoint")["files"]
@@ -110,23 +113,31 @@ def _paths(run: Path, folder: Path, state: dict[str, Any]) -> dict[str, str]:
         try:
             sources = yaml.safe_load((run / "config.yaml").read_text())["data"]["train"]
         except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise UserError(f"{run / 'config.yaml'}: not a run's configuration ({error}); restore it") from None
+            raise UserError(
+                "run-config-damaged",
+                f"{run / 'config.yaml'}: not a run's configuration ({' '.join(str(error).split())}); restore it",
+            ) from None
     return {source["name"]: source["path"] for source in sources}
 
 
 def _open(name: str, path: str | None, fingerprint: str, run: Path) -> ShardSet:
     if path is None:
-        raise UserError(f"{run / 'config.yaml'}: data.train no longer names {name!r}, which the run reads; restore it")
+        raise UserError(
+            "source-renamed",
+            f"{run / 'config.yaml'}: data.train no longer names {name!r}, which the run reads; restore it",
+        )
     if not Path(path).is_dir():
         raise UserError(
+            "source-moved",
             f"{path}: the run {run} read its source {name!r} there, and there is no such folder; put the set back or link "
-            "it there (a relative path counts from the folder where the run was started)"
+            "it there (a relative path counts from the folder where the run was started)",
         )
     shards = ShardSet(path)
     if shards.fingerprint != fingerprint:
         raise UserError(
+            "source-changed",
             f"{path}: not what the run {run} read as {name!r}: fingerprint {shards.fingerprint[:16]}, then "
-            f"{fingerprint[:16]}; put that set back"
+            f"{fingerprint[:16]}; put that set back",
         )
     return shards
 
@@ -146,7 +157,7 @@ def locate(run: str | Path, step: int) -> Step:
             before = (
                 f"; it branched off at step {first - 1}, ask the run it came from: {state['config']['init']['from']}"
             )
-        raise UserError(f"--step {step}: the steps of {run} are {first} to {last}{before}")
+        raise UserError("step-not-of-run", f"--step {step}: the steps of {run} are {first} to {last}{before}")
     count = train["batch_tokens"] // data["seq_len"]
     # The counter is the checkpoint's, not step times batch: a branch counts on from a run with perhaps another batch.
     sample = data["samples"] + (step - 1 - state["step"]) * count
@@ -181,7 +192,10 @@ class _Documents:
         entry = self._shards.pairs[pair]
         path, count = self._shards.path / f"{entry['name']}.idx", entry["documents"]
         if entry["idx_bytes"] < HEADER_BYTES + 20 * count + 8:
-            raise DamagedError(f"{path}: {entry['idx_bytes']:,} bytes are too few for {count:,} documents; restore it")
+            raise DamagedError(
+                "shard-index-disagrees",
+                f"{path}: {entry['idx_bytes']:,} bytes are too few for {count:,} documents; restore it",
+            )
         return np.memmap(path, "<i8", "r", HEADER_BYTES + 4 * count, (count,))
 
     def parts(self, start: int, stop: int) -> Iterator[Part]:
@@ -206,7 +220,8 @@ class _Documents:
         while start < stop:
             if not 0 <= document < len(pointers):
                 raise DamagedError(
-                    f"{self._shards.path / name}.idx: no document holds token {start:,}; restore the file"
+                    "shard-index-disagrees",
+                    f"{self._shards.path / name}.idx: no document holds token {start:,}; restore the file",
                 )
             begin = int(pointers[document]) // size
             end = int(pointers[document + 1]) // size if document + 1 < len(pointers) else tokens
@@ -273,11 +288,11 @@ def _read_ledger(shards: ShardSet) -> list[dict[str, Any]]:
     path = shards.path / "ledger.parquet"
     check_size(path, entry["bytes"])
     if sha256_file(path) != entry["sha256"]:
-        raise DamagedError(f"{path}: differs from its hash in the manifest; restore it from a copy")
+        raise DamagedError("ledger-damaged", f"{path}: differs from its hash in the manifest; restore it from a copy")
     try:
         return pq.read_table(path, columns=["input", "set", "documents", "tokens", "text_bytes"]).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{path}: cannot be read ({error}); restore it from a copy") from None
+        raise DamagedError("ledger-damaged", f"{path}: cannot be read ({error}); restore it from a copy") from None
 
 
 def trace(run: str | Path, step: int, text: int = 0) -> str:
@@ -320,8 +335,8 @@ def _describe(part: Part) -> str:
 
 
 def _decode(shards: ShardSet, window: int, seq_len: int) -> str:
-    import tokenizers
+    from fastcpt.data_prep.encoding import open_tokenizer
 
-    tokenizer = tokenizers.Tokenizer.from_str((shards.path / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = open_tokenizer(shards.path / "tokenizer.json")
     ids = shards.windows(np.array([window]), seq_len)[0].tolist()
     return tokenizer.decode(ids, skip_special_tokens=False)

@@ -176,9 +176,15 @@ def report(runs: Sequence[str], output: str | Path) -> list[Path]:
     try:
         from matplotlib import style
     except ImportError:
-        raise UserError("figures are drawn by matplotlib, which is not here; pip install 'fastcpt[report]'") from None
+        raise UserError(
+            "matplotlib-missing", "figures are drawn by matplotlib, which is not here; pip install 'fastcpt[report]'"
+        ) from None
+    if "://" in str(output):
+        raise UserError("output-remote", f"{output}: a URL; name a file of this machine")
     if page.is_dir():
-        raise UserError(f"{output}: a folder; name the page's file with --output, such as report.html")
+        raise UserError(
+            "output-is-folder", f"{output}: a folder; name the page's file with --output, such as report.html"
+        )
     folder = page.with_name(page.stem + "-figures")
     written = [page]
     try:
@@ -194,6 +200,7 @@ def report(runs: Sequence[str], output: str | Path) -> list[Path]:
         page.write_text(content, encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{error.filename or page}: cannot be written ({error.strerror}); choose another --output"
+            "output-not-writable",
+            f"{error.filename or page}: cannot be written ({error.strerror}); choose another --output",
         ) from None
     return written

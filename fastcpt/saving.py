@@ -106,8 +106,9 @@ def check_room(folder: Path, step: int, needed: int) -> None:
     """Raises UserError unless the disk of `folder` has as many bytes as a checkpoint takes."""
     if (free := free_bytes(folder)) < needed:
         raise UserError(
+            "disk-too-small",
             f"{folder}: the checkpoint of step {step} needs {needed:,} bytes and {free:,} are free; "
-            "make room, lower run.keep, or move run.output"
+            "make room, lower run.keep, or move run.output",
         )
 
 
@@ -125,9 +126,10 @@ def _explained(folder: Path, step: int, needed: int) -> Iterator[None]:
         except OSError:
             free = "an unknown number"
         raise UserError(
+            "checkpoint-not-saved",
             f"{error.filename or folder}: {error.strerror}, while the checkpoint of step {step} was saved; it needs "
             f"{needed:,} bytes and {free} are free in {folder} (a quota may allow less); make room, lower run.keep, or "
-            "move run.output; started again the run goes on from its last good checkpoint, which is untouched"
+            "move run.output; started again the run goes on from its last good checkpoint, which is untouched",
         ) from error
 
 

@@ -25,7 +25,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.warmup > self.steps:
             raise UserError(
-                f"schedule.warmup is {self.warmup} steps, but the run has {self.steps}; shorten the warm-up"
+                "warmup-too-long",
+                f"schedule.warmup is {self.warmup} steps, but the run has {self.steps}; shorten the warm-up",
             )
 
     def rate(self, step: int) -> float:

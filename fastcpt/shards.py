@@ -15,6 +15,7 @@ at stride T: window i is tokens [iT, iT + T], its first T tokens the input and i
 
 import hashlib
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from fastcpt.integrity import (
     HashingWriter,
     check_file,
     check_form,
+    check_inside,
     check_names,
     check_size,
     read_sealed,
@@ -101,9 +103,13 @@ def read_index(path: Path) -> Index:
     """Reads an `.idx` file of Megatron, GPT-NeoX or ours. Raises DamagedError with what is wrong and where."""
     data = path.read_bytes()
     if data[: len(MAGIC)] != MAGIC:
-        raise DamagedError(f"{path}: starts with {data[:9]!r}, not {MAGIC!r}; it is not a Megatron index")
+        raise DamagedError(
+            "shard-index-damaged", f"{path}: starts with {data[:9]!r}, not {MAGIC!r}; it is not a Megatron index"
+        )
     if len(data) < HEADER_BYTES:
-        raise DamagedError(f"{path}: {len(data)} bytes, shorter than the {HEADER_BYTES} of its header")
+        raise DamagedError(
+            "shard-index-damaged", f"{path}: {len(data)} bytes, shorter than the {HEADER_BYTES} of its header"
+        )
     version, code, sequences, entries = (
         int.from_bytes(data[9:17], "little"),
         data[17],
@@ -112,11 +118,15 @@ def read_index(path: Path) -> Index:
     )
     if version != 1 or code not in DTYPE_CODES:
         raise DamagedError(
-            f"{path}: version {version}, dtype code {code}; known are version 1, codes {list(DTYPE_CODES)}"
+            "shard-index-damaged",
+            f"{path}: version {version}, dtype code {code}; known are version 1, codes {list(DTYPE_CODES)}",
         )
     expected = HEADER_BYTES + sequences * 12 + entries * 8
     if len(data) not in (expected, expected + sequences):  # Megatron's multimodal writer appends one byte a sequence
-        raise DamagedError(f"{path}: {len(data):,} bytes, its header promises {expected:,}; it was cut or overwritten")
+        raise DamagedError(
+            "shard-index-damaged",
+            f"{path}: {len(data):,} bytes, its header promises {expected:,}; it was cut or overwritten",
+        )
     pointers_at = HEADER_BYTES + sequences * 4
     documents_at = pointers_at + sequences * 8
     return Index(
@@ -146,7 +156,9 @@ def read_pair(prefix: Path) -> tuple[np.ndarray, Index]:
     binary = prefix.with_name(prefix.name + ".bin")
     needed = int((index.pointers + index.lengths.astype(np.int64) * index.dtype.itemsize).max(initial=0))
     if binary.stat().st_size < needed:
-        raise DamagedError(f"{binary}: {binary.stat().st_size:,} bytes, its index reaches to {needed:,}; it was cut")
+        raise DamagedError(
+            "shard-truncated", f"{binary}: {binary.stat().st_size:,} bytes, its index reaches to {needed:,}; it was cut"
+        )
     if needed == 0:
         return np.empty(0, index.dtype), index
     return np.memmap(binary, index.dtype, "r"), index
@@ -232,12 +244,20 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Reads and checks a manifest. Raises UserError when `directory` is no set or the manifest was changed."""
     path = directory / MANIFEST
     if re.match(r"\w+:/", str(directory)):
-        raise UserError(f"{directory}: a URL; copy the set to a disk and name that folder")
+        raise UserError("shards-remote", f"{directory}: a URL; copy the set to a disk and name that folder")
     if not path.exists():
-        raise UserError(f"{directory}: no {MANIFEST}; make a shard set with `fastcpt prep ... --output {directory}`")
+        raise UserError(
+            "shards-missing",
+            f"{directory}: no {MANIFEST}; make a shard set with `fastcpt prep ... --output {directory}`",
+        )
+    check_inside(path, directory.resolve())
     manifest = read_sealed(path, FORMAT, "the shard set")
     check_form(path, manifest, MANIFEST_FORM)
     check_names(path, [*manifest["files"], *(pair["name"] for pair in manifest["pairs"])])
+    files = (f"{pair['name']}.{end}" for pair in manifest["pairs"] for end in ("bin", "idx", "sums"))
+    for name in (*manifest["files"], *files):
+        if os.path.islink(directory / name):
+            check_inside(directory / name, directory.resolve())
     return manifest
 
 
@@ -275,7 +295,8 @@ class ShardSet:
         for pair in self.pairs:
             if pair["bin_bytes"] != pair["tokens"] * self.dtype.itemsize:
                 raise DamagedError(
-                    f"{self.path / MANIFEST}: pair {pair['name']} counts {pair['tokens']:,} tokens in {pair['bin_bytes']:,} bytes"
+                    "manifest-disagrees",
+                    f"{self.path / MANIFEST}: pair {pair['name']} counts {pair['tokens']:,} tokens in {pair['bin_bytes']:,} bytes; prepare the set again",
                 )
             check_size(self._binary(pair), pair["bin_bytes"])
             check_size(self.path / f"{pair['name']}.idx", pair["idx_bytes"])
@@ -295,7 +316,17 @@ class ShardSet:
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) uint16: bytes of text that each id stands for; 0 for the end-of-document token."""
-        return np.load(self.path / "token_bytes.npy", allow_pickle=False)
+        path = self.path / "token_bytes.npy"
+        try:
+            sizes = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DamagedError(
+                "token-bytes-damaged", f"{path}: not an array ({error}); prepare the set again"
+            ) from None
+        if sizes.shape != (self.vocab_size,) or sizes.dtype.kind != "u":
+            wrong = f"{path}: holds {sizes.dtype.name} of shape {list(sizes.shape)}, the tokenizer has {self.vocab_size:,} ids"
+            raise DamagedError("token-bytes-damaged", f"{wrong}; prepare the set again")
+        return sizes
 
     def num_windows(self, seq_len: int) -> int:
         return max(0, (len(self) - 1) // seq_len)
@@ -352,7 +383,10 @@ class ShardSet:
         for name, entry in self.manifest["files"].items():
             check_size(self.path / name, entry["bytes"])
             if sha256_file(self.path / name) != entry["sha256"]:
-                raise DamagedError(f"{self.path / name}: differs from its hash in the manifest; restore it from a copy")
+                raise DamagedError(
+                    "hash-differs",
+                    f"{self.path / name}: differs from its hash in the manifest; restore it from a copy",
+                )
         for pair in self.pairs:
             hashes, index_hashes = read_sums(self.path / pair["name"], pair)
             check_file(self._binary(pair), pair["bin_bytes"], hashes, BLOCK_BYTES)

@@ -382,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
         train(parse(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         if first:
-            print(f"fastcpt: {error}", file=sys.stderr)
+            print(f"fastcpt: {error.line}", file=sys.stderr)
         return 2
     except Preempted:
         return CODES[Preempted]

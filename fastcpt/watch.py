@@ -160,7 +160,7 @@ class Watch:
 
     def _blame_this(self, error: BaseException | None) -> None:
         mistake = isinstance(error, UserError)
-        what = str(error) if mistake else f"{type(error).__name__}: {error}"
+        what = error.line if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         message = f"{self._name(self._world.rank)} failed in {doing(*self._place[:2])}: {what}"
         if self._fail([self._world.rank], message, 2 if mistake else LOST) and not (mistake and self._world.first):
             print(f"fastcpt: {message}", file=sys.stderr, flush=True)

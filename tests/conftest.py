@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -206,6 +207,30 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shard sets, a run, its export and token files, as `refusals.workspace` makes it with the commands."""
+    import refusals
+
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        refusals.workspace(folder)
+    return folder
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `made`, which is the current folder, without a network, a login or torchrun."""
+    copy = Path(shutil.copytree(made, tmp_path / "work"))
+    monkeypatch.chdir(copy)
+    for name in ("HF_TOKEN", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    return copy
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def act(fault: dict[str, Any]) -> None:
     elif what == "exit":
         os._exit(0)
     elif what == "damage":
-        raise shards.DamagedError("new/shard-00000.bin: bytes 0 to 65,536 differ from their hash")
+        raise shards.DamagedError("hash-differs", "new/shard-00000.bin: bytes 0 to 65,536 differ from their hash")
     elif what == "shrink":
         os.truncate(fault["path"], 100)
 

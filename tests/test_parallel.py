@@ -27,16 +27,16 @@ def value():
 
 def mistake():
     calls.append(1)
-    raise UserError("runs/a: in use; name another")
+    raise UserError("run-in-use", "runs/a: in use; name another")
 
 def damage():
-    raise DamagedError("shard: cut at 7")
+    raise DamagedError("shard-truncated", "shard: cut at 7")
 
 def error_of(function):
     try:
         return world.on_first(function)
     except UserError as error:
-        return str(error)
+        return error.line
 
 result = {"rank": world.rank, "size": world.size, "first": world.first, "device": str(world.device)}
 result["value"] = world.on_first(value)
@@ -59,7 +59,7 @@ def test_several_processes_agree(run_ranks: Callable) -> None:
         assert result == {
             "rank": rank, "size": size, "first": rank == 0, "device": "cpu",
             "value": {"from": 0, "path": "a/b"},
-            "mistake": "runs/a: in use; name another", "damage": "shard: cut at 7", "after": None,
+            "mistake": "runs/a: in use; name another [run-in-use]", "damage": "shard: cut at 7 [shard-truncated]", "after": None,
             "same": True, "sum": [1.5 * total, 2.0**60 * total],
             "calls": 2 if rank == 0 else 0,
         }  # fmt: skip
@@ -73,7 +73,7 @@ def test_one_process_needs_no_group() -> None:
     assert ALONE.on_first(lambda: 7) == 7
 
     def mistake() -> None:
-        raise UserError("a mistake")
+        raise UserError("mistake", "a mistake")
 
     with pytest.raises(UserError, match="a mistake"):
         ALONE.on_first(mistake)

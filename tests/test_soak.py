@@ -141,7 +141,7 @@ def test_a_verify_that_names_no_file_is_found(
     tmp_path: Path, soak: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def vague(directory: Path, quiet: bool) -> None:
-        raise inspect_shards.DamagedError(f"{directory}: bytes 0 to 1 differ")
+        raise inspect_shards.DamagedError("hash-differs", f"{directory}: bytes 0 to 1 differ")
 
     monkeypatch.setattr(inspect_shards, "verify", vague)
     assert len(failing(soak, "corruptions", tmp_path, 24)) >= 8
