@@ -67,6 +67,7 @@ class State:
 
 def named_tensors(state: State) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name: model.*, exp_avg.*, exp_avg_sq.*, all fp32; DTensors where they are sharded."""
+    state.layout.reshard(state.model)
     tensors = {}
     for name, parameter in state.model.named_parameters():
         moments = state.optimizer.state[state.parts[name]]
