@@ -213,7 +213,8 @@ def console_line(line: dict[str, Any], total_steps: int) -> str:
     if "event" in line:
         event = line["event"]
         first, end = event["samples"]
-        bad = f"; the loss of {event['not_finite']} is not finite" if event["not_finite"] else ""
+        who = "".join(f", rank {rank}" for rank in event["ranks"])
+        bad = f"; the loss of {event['not_finite']} is not finite{who}" if event["not_finite"] else ""
         return f"{head}  skipped ({event['kind']}): samples {first} to {end - 1}{bad}"
     skipped = f"  skipped {line['skipped']}" if line["skipped"] else ""
     return (

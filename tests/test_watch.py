@@ -245,11 +245,11 @@ def test_samples_whose_loss_is_not_finite_are_named(
     monkeypatch.setattr(train, "setup", poisoned({7, 11, 26}))
     state = train.train(config)
     assert [(line["step"], line["tokens"], line["event"]) for line in events(config)] == [
-        (2, 192, {"kind": "not finite", "samples": [6, 12], "not_finite": [7, 11]}),
-        (5, 480, {"kind": "not finite", "samples": [24, 30], "not_finite": [26]}),
+        (2, 192, {"kind": "not finite", "samples": [6, 12], "not_finite": [7, 11], "ranks": [0]}),
+        (5, 480, {"kind": "not finite", "samples": [24, 30], "not_finite": [26], "ranks": [0]}),
     ]
     assert state.skipped.tolist() == [2, 0]
-    assert "skipped (not finite): samples 6 to 11; the loss of [7, 11] is not finite" in capfd.readouterr().out
+    assert "skipped (not finite): samples 6 to 11; the loss of [7, 11] is not finite, rank 0" in capfd.readouterr().out
 
 
 POISONED_RANK = """
@@ -272,7 +272,8 @@ def test_two_processes_skip_and_name_alike(tmp_path: Path, make_config: Callable
     )
     said = [output.splitlines()[-1] for output in run_ranks(code, 2, tmp_path / "config", HERE)]
     assert said[0] == said[1] and said[0].startswith("[[2, 0]")
-    assert [line["event"]["not_finite"] for line in events(config)] == [[7, 11], [26]]
+    found = [(line["event"]["not_finite"], line["event"]["ranks"]) for line in events(config)]
+    assert found == [([7, 11], [0, 1]), ([26], [0])]
 
 
 def test_a_good_step_does_not_wait_for_the_device(make_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
