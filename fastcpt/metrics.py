@@ -115,6 +115,12 @@ def _is_kept(line: bytes, step: int | None, evaluated: bool) -> bool:
         return False
 
 
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether a `metrics.jsonl` has the evaluation of a step."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return any(b'"eval"' in line and _is_kept(line, step, True) and json.loads(line)["step"] == step for line in lines)
+
+
 def scalars(line: dict[str, Any]) -> dict[str, float]:
     """A line's numbers under flat names: eval/pile/loss for {"eval": {"pile": {"loss": ...}}}.
 

@@ -313,7 +313,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
     ready = {"ready": pinned} if world.device.type == "cuda" else {}
     ahead = batches(state.mixture, state.samples, steps, batch, state.layout.share, world.size, **ready)
-    frozen = gc.get_freeze_count() > 0  # by an earlier run of this process; it counts them one by one
+    frozen = gc.get_freeze_count() > 0  # counts one by one; by an earlier run of this process
     watch.enter(state.step, "compiling" if config.train.compile else "training")
     for windows in console.follow(ahead, state.step):
         watch.ask()

@@ -37,7 +37,7 @@ RECORD_BYTES = 1024
 SILENT = "it does not answer: stopped, or its machine is gone"
 # What an error says when it is another process that failed.
 BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "process group", "tcpstore")
-WAITING = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}torch{os.sep}autograd{os.sep}", "fastcpt/signals.py")
+WAITING = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/", "fastcpt/signals.py")
 
 
 class Process(NamedTuple):

@@ -34,6 +34,7 @@ def record(beats: int, ticks: int, where: str = "") -> dict[str, Any]:
 
 COLLECTIVE = "all_reduce (/lib/torch/distributed/distributed_c10d.py:1)"
 BACKWARD = "_engine_run_backward (/lib/torch/autograd/graph.py:1)"
+BUCKETS = "_pre_forward (/lib/torch/nn/parallel/distributed.py:1)"
 SLEEP = "hook (/home/x/hook.py:3)"
 
 
@@ -47,6 +48,7 @@ SLEEP = "hook (/home/x/hook.py:3)"
         ([record(4, 1, SLEEP), record(5, 1)], [record(4, 1, SLEEP), record(5, 2, BACKWARD)], [0], "it is in hook"),
         # All in the same step: the one that waits for no other.
         ([record(5, 1, BACKWARD), record(5, 1, SLEEP)], [record(5, 1, BACKWARD), record(5, 1, SLEEP)], [1], "in hook"),
+        ([record(5, 1, BUCKETS), record(5, 1, SLEEP)], [record(5, 1, BUCKETS), record(5, 1, SLEEP)], [1], "in hook"),
         ([record(5, 1, BACKWARD)] * 2, [record(5, 1, BACKWARD)] * 2, [0, 1], "_engine_run_backward"),
     ],
 )  # fmt: skip
