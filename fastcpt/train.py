@@ -313,7 +313,6 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
     ready = {"ready": pinned} if world.device.type == "cuda" else {}
     ahead = batches(state.mixture, state.samples, steps, batch, state.layout.share, world.size, **ready)
-    frozen = gc.get_freeze_count() > 0  # counts one by one; by an earlier run of this process
     watch.enter(state.step, "compiling" if config.train.compile else "training")
     for windows in console.follow(ahead, state.step):
         watch.ask()
@@ -321,10 +320,9 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
         state.saver.poll()
         stop = watch.beat(state.step, "training")
         last = state.step == state.last_step
-        if not frozen:
+        if state.step == state.last_step - steps + 1 and gc.get_freeze_count() == 0:  # which counts one by one
             gc.collect()  # what lives from here on lives long: later collections need not look at it
             gc.freeze()
-            frozen = True
         if state.step % run.log_every == 0 or last:
             report_events()
             by_source = world.sum_(state.interval).tolist()  # the one wait for the device of an interval

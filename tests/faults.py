@@ -204,6 +204,7 @@ def kills(trials: Trials, seed: int) -> None:
 
 
 def errors(trials: Trials, seed: int) -> None:
+    failed = trials.folder / "failed"
     for victim in range(trials.size):
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             for number in range(1, 10_000):
@@ -217,7 +218,6 @@ def errors(trials: Trials, seed: int) -> None:
                         raise OSError(code, os.strerror(code))
                     return real()
 
-                failed = trials.folder / "failed"
                 failed.unlink(missing_ok=True)
                 codes = trials.save(hook, victim)
                 if not failed.exists():

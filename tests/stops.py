@@ -98,8 +98,12 @@ def arm(fault: dict[str, Any]) -> None:
         state = real_setup(config)
         if int(os.environ.get("RANK", "0")) == 0:
             (here / "origin").write_text(f"{state.origin.kind} {state.step}")
-        state.model.layers[0].attention.dense.weight.register_hook(lambda gradient: at("backward"))
+        state.model.layers[0].attention.register_forward_hook(watch_backward)
         return state
+
+    def watch_backward(module: Any, arguments: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: at("backward"))
 
     def handled(self: Any, number: int, frame: Any) -> None:
         (here / f"received-{os.environ.get('RANK', '0')}").write_text(str(passed.get("step", 0)))

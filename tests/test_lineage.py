@@ -54,7 +54,9 @@ def test_a_checkpoint_of_another_version_is_refused_with_what_it_lacks(
                 assert lineage.read_state(found, lineage.FOR_WEIGHTS) == lacking
                 continue
             assert train.main([*arguments, *more]) == 2
-            assert f"{found}/state.json: has no '{name}': another version of fastcpt wrote it" in capsys.readouterr().err
+            assert (
+                f"{found}/state.json: has no '{name}': another version of fastcpt wrote it" in capsys.readouterr().err
+            )
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,9 @@ def test_what_earlier_processes_left_in_the_store_is_not_taken_for_theirs() -> N
             for rank, own in enumerate(stores):
                 assert not own.check(["address-0", "address-1", "address-2"])
                 own.set(f"address-{rank}", f"{start} {rank}")
-            assert [stores[0].get(f"address-{rank}") for rank in range(3)] == [f"{start} {r}".encode() for r in range(3)]
+            assert [stores[0].get(f"address-{rank}") for rank in range(3)] == [
+                f"{start} {r}".encode() for r in range(3)
+            ]
 
 
 def test_a_process_that_does_not_start_is_named() -> None:

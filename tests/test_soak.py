@@ -177,7 +177,9 @@ optim.AdamW.clipped_step = clipped_step
 }
 
 
-@pytest.mark.parametrize(("what", "said"), [("training", "['tensors', 'metrics'] differ"), ("injections", "AssertionError")])
+@pytest.mark.parametrize(
+    ("what", "said"), [("training", "['tensors', 'metrics'] differ"), ("injections", "AssertionError")]
+)
 def test_a_run_that_is_not_the_same_is_found(tmp_path: Path, what: str, said: str) -> None:
     """In a process of its own, which forks ranks: of what goes on one moment is lost; a skipped step changes a weight."""
     script = f"import sys, soak\nfrom fastcpt import optim, train\n{HARMS[what]}\nsys.exit(soak.main())"
@@ -185,7 +187,9 @@ def test_a_run_that_is_not_the_same_is_found(tmp_path: Path, what: str, said: st
         [sys.executable, "-c", script, what, "--count", "1", "--seed", "1", str(tmp_path)],
         check=False, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(HARNESS.parent)},
     )  # fmt: skip
-    assert done.returncode == 1 and f"{what} 0 FAILED: " in done.stdout and said in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and f"{what} 0 FAILED: " in done.stdout and said in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_sets_that_differ_after_a_kill_are_found(tmp_path: Path, soak: ModuleType) -> None:

@@ -136,7 +136,7 @@ def test_a_second_run_is_told_who_has_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_flipped_bit_changes_the_hash(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "CHUNK", 64)  # several chunks, the last one short
+    monkeypatch.setitem(replicas.CHUNK, "cpu", 64)  # several chunks, the last one short
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(11, 19, generator=generator).to(dtype), torch.randn(3, generator=generator).to(dtype)]
     before = replicas.hashes(tensors)
@@ -156,7 +156,7 @@ def test_a_flipped_bit_changes_the_hash(dtype: torch.dtype, monkeypatch: pytest.
 
 def test_the_sum_is_that_of_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against Python's integers, which have no end."""
-    monkeypatch.setattr(replicas, "CHUNK", 8)
+    monkeypatch.setitem(replicas.CHUNK, "cpu", 8)
     tensor = torch.randn(21, generator=torch.Generator().manual_seed(0))
     bits = np.frombuffer(tensor.numpy().tobytes(), "<i4").tolist()
     exact = sum((2 * place + 1) * replicas.FACTOR * value for place, value in enumerate(bits)) % 2**64
