@@ -16,10 +16,7 @@ UNIT = 1
 SECONDS = 180
 KINDS = ["STOP", "sleep", "raise", "exit", "KILL", "damage"]
 WAYS = [(2, False), (4, False), (2, True), (4, True)]  # how many ranks, and whether torchrun starts them
-TIMEOUT, LONG = (
-    3.0,
-    15.0,
-)  # of the configuration; five times as long for saving, and for what is done for the first time
+TIMEOUT, LONG = 3.0, 15.0  # of the configuration; five times as long for saving, and for all that is done first
 
 
 def trial(randomness: random.Random, folder: Path, prepared: Path) -> Counter[str]:
@@ -55,6 +52,5 @@ def trial(randomness: random.Random, folder: Path, prepared: Path) -> Counter[st
     assert stops.until(lambda: not ranks.left_over(), 5), f"left over: {ranks.left_over()}"
     stops.goes_on(prepared, folder, size=size)
     tally = Counter({"hangs": 1, what: 1, f"in {where}": 1, "named": 1, "none left over": 1, "same": 1})
-    return tally + Counter(
-        {f"of {size} ranks": 1, f"seconds after {what}": round(seconds)} | {"torchrun": int(torchrun)}
-    )
+    tally[f"seconds after {what}"] = round(seconds)
+    return tally + Counter({f"of {size} ranks": 1, "torchrun": int(torchrun)})

@@ -152,8 +152,5 @@ def trial(randomness: random.Random, folder: Path, prepared: Path) -> Counter[st
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
     events = {line["step"]: line["event"] for line in lines if "event" in line}
     assert events == {step: event(step, injections[step]) for step in sorted(injections)}, injections
-    return Counter(
-        {"injections": UNIT, "skipped by both": UNIT, "bits unchanged": UNIT, f"with {layout}": UNIT}
-    ) + Counter(
-        f"{part}: {injection[part]}" for injection in injections.values() for part in ("tensor", "value", "rank")
-    )
+    parts = [f"{part}: {each[part]}" for each in injections.values() for part in ("tensor", "value", "rank")]
+    return Counter({"injections": UNIT, "skipped by both": UNIT, "bits unchanged": UNIT, layout: UNIT}) + Counter(parts)
