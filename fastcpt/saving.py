@@ -135,6 +135,17 @@ def _explained(folder: Path, step: int, needed: int) -> Iterator[None]:
         ) from error
 
 
+def _afterwards(function: Callable[[], None], committed: Path, but: str) -> bool:
+    """Whether it was done, for a checkpoint that is committed whatever comes; if not, that is said."""
+    try:
+        function()
+    except OSError as error:
+        where = f"{error.filename or committed}: {error.strerror}"
+        print(f"warning: {where}; the checkpoint {committed} is committed, but {but}", file=sys.stderr)
+        return False
+    return True
+
+
 def _entry(file: HashingWriter) -> dict[str, Any]:
     return {"bytes": file.size, "hashes": [f"{value:016x}" for value in file.hashes.tolist()]}
 
@@ -198,16 +209,6 @@ def write(
         for folder in (root, run, run.parent):  # the first save of a run makes names in all of them
             sync_directory(folder)
 
-    def afterwards(function: Callable[[], None], but: str) -> bool:
-        """Whether it was done, by the first process; if not, that is said."""
-        try:
-            function()
-        except OSError as error:
-            where = f"{error.filename or root}: {error.strerror}"
-            print(f"warning: {where}; the checkpoint of step {step} is committed, but {but}", file=sys.stderr)
-            return False
-        return True
-
     def forget() -> None:
         for path in final.iterdir():
             forget_cache(path)
@@ -216,9 +217,8 @@ def write(
         agreed(begin, on_first=True)
         written = agreed(write_own)
         agreed(commit, on_first=True)
-        lasting = agreed(
-            lambda: afterwards(sync_names, "a loss of power may take it: older ones are kept"), on_first=True
-        )[0]
+        but = "a loss of power may take it: older ones are kept"
+        lasting = agreed(lambda: _afterwards(sync_names, final, but), on_first=True)[0]
     except BaseException:
         if world.first:
             shutil.rmtree(building, ignore_errors=True)
@@ -226,7 +226,8 @@ def write(
     agreed(forget)
     verify(final, world=world, group=group)
     if keep is not None and lasting:
-        agreed(lambda: afterwards(lambda: rotate(run, *keep), "older ones could not be removed"), on_first=True)
+        but = "older ones could not be removed"
+        agreed(lambda: _afterwards(lambda: rotate(run, *keep), final, but), on_first=True)
     return final
 
 

@@ -233,7 +233,8 @@ def errors(trials: Trials, seed: int) -> None:
 
                 def warned(code=code) -> None:
                     said = (trials.folder / "said-0-before").read_text()
-                    assert f": {os.strerror(code)}; the checkpoint of step {STEPS[1]} is committed, but" in said, said
+                    committed = trials.run / "checkpoints" / f"step-{STEPS[1]}"
+                    assert f": {os.strerror(code)}; the checkpoint {committed} is committed, but" in said, said
                     assert said.startswith(f"warning: {trials.folder}"), said
 
                 what = f"{os.strerror(code)} from operation {number} of process {victim} on"
