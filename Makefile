@@ -24,7 +24,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal --durations 10
 
-# 10,000,000 lines, 10,000 files, 10,000 corruptions, 200 kills, 10,000 checkpoints, 100 signals, 100 hangs; prints tallies.
+# 10,000,000 lines, 10,000 files, 10,000 corruptions, 200 kills, 10,000 checkpoints, 100 signals, 100 hangs; in training 450
+# kills, 30 restarts by torchrun, 300 injections; prints tallies.
 FOLDER ?= soak
 SEED   ?= 0
 soak: $(INSTALLED)

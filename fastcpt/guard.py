@@ -99,6 +99,7 @@ class Guard:
                 "kind": kind,
                 "samples": [samples, samples + batch],
                 "not_finite": sorted(number for part in parts for number in part),
+                "ranks": [rank for rank, part in enumerate(parts) if part],
             }
             lines.append({"step": step, "tokens": (samples + batch) * seq_len, "event": event})
         return lines

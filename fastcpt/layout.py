@@ -209,6 +209,11 @@ class Layout:
             parameter.grad = None
         return taken
 
+    def reshard(self, model: GPTNeoX) -> None:
+        """After an evaluation the outermost parameters are whole still: FSDP leaves them so for a backward pass to come."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
     def tree_reduced(self, tensors: list[Tensor]) -> list[Tensor]:
         """Sums over processes in the order of their shares, of tensors that are whole on each."""
         if self.world.size == 1 or not tensors:

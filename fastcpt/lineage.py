@@ -33,6 +33,25 @@ FREE = (
 NOT_FREE = ("run.eval_tokens",)
 
 
+# What of a checkpoint's `state.json` a run needs: to start from its weights, and to keep its position.
+FOR_WEIGHTS = ("architecture", "eod_token", "history", "lr", "adam_updates")
+FOR_POSITION = (
+    *FOR_WEIGHTS, "step", "tokens", "plan", "data", "start_losses", "unevaluated", "interval", "skipped", "spikes", "rng",
+    "config",
+)  # fmt: skip
+
+
+def read_state(found: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    """Raises UserError when a checkpoint, which is whole, lacks what this version needs."""
+    state = checkpoint.read_state(found)
+    if missing := [name for name in needed if name not in state]:
+        raise UserError(
+            f"{found / checkpoint.STATE}: has no {missing[0]!r}: another version of fastcpt wrote it; go on with that version, "
+            "or export the model there and start from the export (init.from) in a new folder"
+        )
+    return state
+
+
 @dataclass(frozen=True)
 class Origin:
     """How a run starts. path: the folder that weights are read from; state: a checkpoint's `state.json`."""
@@ -51,7 +70,7 @@ def find_origin(config: Config, world: World) -> Origin:
     """Looks for a checkpoint of this run, else for what `init.from` names. Verified before it is parsed."""
     own = checkpoint.newest(Path(config.run.output), world)
     if own is not None:
-        state = checkpoint.read_state(own)
+        state = read_state(own, FOR_POSITION)
         return Origin("resume", Architecture(**state["architecture"]), own, state)
     source = config.init.from_
     if source == "scratch":
@@ -63,7 +82,7 @@ def find_origin(config: Config, world: World) -> Origin:
         return Origin("scratch", arch)
     found = checkpoint.find(source, world)
     if found is not None:
-        state = checkpoint.read_state(found)
+        state = read_state(found, FOR_POSITION if config.init.branch else FOR_WEIGHTS)
         arch = resolve_architecture(config.model, Architecture(**state["architecture"]), str(found))
         return Origin("branch" if config.init.branch else "continue", _reaching(arch, config), found, state)
     folder = world.on_first(lambda: hf.resolve(source))
@@ -89,7 +108,7 @@ def load_model(source: str, device: torch.device | str = "cpu") -> tuple[GPTNeoX
     """
     found = checkpoint.find(source)
     folder = found or hf.resolve(source)
-    state = checkpoint.read_state(found) if found else None
+    state = read_state(found, FOR_WEIGHTS[:2]) if found else None
     arch = Architecture(**state["architecture"]) if state else hf.read_architecture(folder)
     with torch.device("meta"):
         model = GPTNeoX(arch)

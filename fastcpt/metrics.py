@@ -115,6 +115,12 @@ def _is_kept(line: bytes, step: int | None, evaluated: bool) -> bool:
         return False
 
 
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether a `metrics.jsonl` has the evaluation of a step."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return any(b'"eval"' in line and _is_kept(line, step, True) and json.loads(line)["step"] == step for line in lines)
+
+
 def scalars(line: dict[str, Any]) -> dict[str, float]:
     """A line's numbers under flat names: eval/pile/loss for {"eval": {"pile": {"loss": ...}}}.
 
@@ -213,7 +219,8 @@ def console_line(line: dict[str, Any], total_steps: int) -> str:
     if "event" in line:
         event = line["event"]
         first, end = event["samples"]
-        bad = f"; the loss of {event['not_finite']} is not finite" if event["not_finite"] else ""
+        who = "".join(f", rank {rank}" for rank in event["ranks"])
+        bad = f"; the loss of {event['not_finite']} is not finite{who}" if event["not_finite"] else ""
         return f"{head}  skipped ({event['kind']}): samples {first} to {end - 1}{bad}"
     skipped = f"  skipped {line['skipped']}" if line["skipped"] else ""
     return (

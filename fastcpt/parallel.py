@@ -4,6 +4,8 @@ import ctypes
 import os
 import shlex
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -66,6 +68,32 @@ class World:
         return value
 
 
+def own_store(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
+    """The part of torchrun's store that is of these processes alone; each of them calls it.
+
+    torchrun keeps the store when it starts processes anew, and what those before them left there (addresses, NCCL's id)
+    would be taken for theirs; its count of restarts is not the same on all machines (pytorch issue 135712). So the first
+    process names the part, in answer to a name of its own that each of the others asks with.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    if rank > 0:
+        store.set(f"question-{rank}", mine)
+        name = store.get(f"answer-{mine}").decode()
+        store.set(f"{name}-{rank}", "")
+        return dist.PrefixStore(name, store)
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{mine}-{other}"]):
+                missing.remove(other)
+            elif store.check([f"question-{other}"]):  # perhaps of a process that is no more
+                store.set(f"answer-{store.get(f'question-{other}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"processes {sorted(missing)} of {size} did not start within {timeout:.0f} s")
+        time.sleep(0.005)
+    return dist.PrefixStore(mine, store)
+
+
 def start(parallel: str, timeout: float = 1800.0) -> World:
     """Joins torchrun's group if there is one. timeout: seconds until a process that is missing from it is an error.
 
@@ -99,9 +127,12 @@ def start(parallel: str, timeout: float = 1800.0) -> World:
     else:
         keep_memory()
     if size > 1 and not dist.is_initialized():
+        patience = timedelta(seconds=timeout)
+        store = own_store(next(dist.rendezvous("env://", timeout=patience))[0], rank, size, timeout)
         dist.init_process_group(
-            "nccl" if gpus else "gloo", timeout=timedelta(seconds=timeout), device_id=device if gpus else None
-        )
+            "nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=patience,
+            device_id=device if gpus else None,
+        )  # fmt: skip
     return World(rank, size, device)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK = 1 << 22  # elements at once: the integers that they become take 8 bytes each
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # elements at once, which become integers of 8 bytes: in a CPU's cache
 FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, its bits well mixed (Knuth, volume 3, 6.4), as a signed integer
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -24,14 +24,17 @@ class Drifted(Exception):
 @torch.no_grad()
 def hashes(tensors: Sequence[Tensor]) -> Tensor:
     """(T,) int64 on their device, a hash of the bits of each tensor. The host does not wait."""
-    odd = 2 * torch.arange(min(CHUNK, max(t.numel() for t in tensors)), device=tensors[0].device) + 1
+    device = tensors[0].device
+    chunk = CHUNK[device.type]
+    factors = (2 * torch.arange(min(chunk, max(t.numel() for t in tensors)), device=device) + 1) * FACTOR
     sums = []
     for tensor in tensors:
         bits = tensor.detach().contiguous().view(BITS[tensor.element_size()]).flatten()
-        total = odd.new_zeros(())
-        for start in range(0, len(bits), CHUNK):
-            part = bits[start : start + CHUNK]
-            total += (part * ((odd[: len(part)] + 2 * start) * FACTOR)).sum()
+        total = factors.new_zeros(())
+        for start in range(0, len(bits), chunk):
+            part = bits[start : start + chunk]
+            more = (2 * start * FACTOR + (1 << 63)) % (1 << 64) - (1 << 63)  # by how much these factors are larger
+            total += (part * factors[: len(part)]).sum() + more * part.sum()
         sums.append(total)
     return torch.stack(sums)
 

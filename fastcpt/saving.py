@@ -8,6 +8,9 @@
 4. all is read back from the disk and compared with the manifest
 5. only then the first removes what need not be kept
 
+What fails before the commit ends the run. What fails after it, the sync of the new name or a removal, is a warning: the
+checkpoint is there and was read back, and nothing older is removed while its name may be lost.
+
 `Saver` takes the snapshot and runs `write` in a thread, whose messages go through a group of processes of their own: on
 the training's they would mix with its. torch's own writer of these files (HuggingFaceStorageWriter) builds each file in
 memory a second time, and neither hashes it nor says which file a full disk cut.
@@ -18,9 +21,10 @@ import copy
 import json
 import os
 import shutil
+import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -133,6 +137,17 @@ def _explained(folder: Path, step: int, needed: int) -> Iterator[None]:
         ) from error
 
 
+def _afterwards(function: Callable[[], None], committed: Path, but: str) -> bool:
+    """Whether it was done, for a checkpoint that is committed whatever comes; if not, that is said."""
+    try:
+        function()
+    except OSError as error:
+        where = f"{error.filename or committed}: {error.strerror}"
+        print(f"warning: {where}; the checkpoint {committed} is committed, but {but}", file=sys.stderr)
+        return False
+    return True
+
+
 def _entry(file: HashingWriter) -> dict[str, Any]:
     return {"bytes": file.size, "hashes": [f"{value:016x}" for value in file.hashes.tolist()]}
 
@@ -191,6 +206,8 @@ def write(
         if final.exists():  # only a damaged one can be in the way: a good one would have been gone on from
             final.rename(root / f"damaged-step-{step}-{uuid.uuid4().hex[:8]}")
         building.rename(final)
+
+    def sync_names() -> None:
         for folder in (root, run, run.parent):  # the first save of a run makes names in all of them
             sync_directory(folder)
 
@@ -202,14 +219,17 @@ def write(
         agreed(begin, on_first=True)
         written = agreed(write_own)
         agreed(commit, on_first=True)
+        but = "a loss of power may take it: older ones are kept"
+        lasting = agreed(lambda: _afterwards(sync_names, final, but), on_first=True)[0]
     except BaseException:
         if world.first:
             shutil.rmtree(building, ignore_errors=True)
         raise
     agreed(forget)
     verify(final, world=world, group=group)
-    if keep is not None:
-        agreed(lambda: rotate(run, *keep), on_first=True)
+    if keep is not None and lasting:
+        but = "older ones could not be removed"
+        agreed(lambda: _afterwards(lambda: rotate(run, *keep), final, but), on_first=True)
     return final
 
 

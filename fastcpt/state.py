@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastcpt import checkpoint, lineage
+from fastcpt import checkpoint, lineage, metrics
 from fastcpt.config import Config, to_dict, to_yaml
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -67,6 +67,7 @@ class State:
 
 def named_tensors(state: State) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name: model.*, exp_avg.*, exp_avg_sq.*, all fp32; DTensors where they are sharded."""
+    state.layout.reshard(state.model)
     tensors = {}
     for name, parameter in state.model.named_parameters():
         moments = state.optimizer.state[state.parts[name]]
@@ -151,6 +152,11 @@ def load_(state: State) -> None:
         state.checked = state.step
     if origin.kind == "resume":
         state.start_losses, state.unevaluated = values["start_losses"], values["unevaluated"]
+        if (
+            state.unevaluated and state.step == state.last_step
+        ):  # a start since then may have, and nothing was saved after
+            log = Path(state.config.run.output) / "metrics.jsonl"
+            state.unevaluated = not world.on_first(lambda: metrics.has_evaluation(log, state.step))
         parts = torch.tensor(values["interval"], dtype=torch.float64)
         if len(parts) == world.size:
             state.interval.copy_(parts[world.rank])

@@ -320,7 +320,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
         state.saver.poll()
         stop = watch.beat(state.step, "training")
         last = state.step == state.last_step
-        if gc.get_freeze_count() == 0:
+        if state.step == state.last_step - steps + 1 and gc.get_freeze_count() == 0:  # which counts one by one
             gc.collect()  # what lives from here on lives long: later collections need not look at it
             gc.freeze()
         if state.step % run.log_every == 0 or last:

@@ -14,6 +14,7 @@ import faulthandler
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -33,9 +34,10 @@ LOST = 5  # exit code of those that ended because another process hung or died
 LONG = 5
 GRACE_SECONDS = 1.0  # for a main thread to leave by itself
 RECORD_BYTES = 1024
+SILENT = "it does not answer: stopped, or its machine is gone"
 # What an error says when it is another process that failed.
 BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "process group", "tcpstore")
-WAITING = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}torch{os.sep}autograd{os.sep}", "fastcpt/signals.py")
+WAITING = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/", "fastcpt/signals.py")
 
 
 class Process(NamedTuple):
@@ -57,6 +59,12 @@ class Process(NamedTuple):
             return False
         state, born = _stat(self.pid)
         return state in ("", "Z", "X") or born != self.born
+
+    def kill(self, here: "Process") -> None:
+        """If it is of this machine."""
+        if (self.host, self.namespace) == (here.host, here.namespace) and not self.is_dead(here):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                os.kill(self.pid, signal.SIGKILL)
 
 
 def _stat(pid: int) -> tuple[str, str]:
@@ -214,11 +222,14 @@ class Watch:
             return None
         return value
 
-    def _fail(self, ranks: Sequence[int], message: str, code: int) -> bool:
-        """Tells all processes why the run ends. Only the first reason counts: whether this is it."""
+    def _fail(self, ranks: Sequence[int], message: str, code: int, silent: bool = False) -> bool:
+        """Tells all processes why the run ends. Only the first reason counts: whether this is it.
+
+        silent: those to blame do not answer, so that they will not end by themselves.
+        """
         mine = self._ranks / f".failed-{self._world.rank}"
         try:
-            mine.write_text(json.dumps({"ranks": list(ranks), "message": message, "code": code}))
+            mine.write_text(json.dumps({"ranks": list(ranks), "message": message, "code": code, "silent": silent}))
             os.link(mine, self._ranks / "failed")
         except OSError:
             return False
@@ -249,6 +260,9 @@ class Watch:
         others = [rank for rank in range(self._world.size) if rank not in failed["ranks"]]
         if self._world.rank == min(others, default=0):  # of those to blame, only if there are no others
             self._say(failed)
+        if failed["silent"]:  # torchrun would wait 30 s for each, whatever its --shutdown-timeout
+            for rank in failed["ranks"]:
+                self._processes[rank].kill(self._me)
         os._exit(failed["code"])
 
     def _say(self, failed: dict[str, Any]) -> None:
@@ -278,7 +292,7 @@ class Watch:
             f"{self._name(rank)} has not finished {doing(*_place(after[rank]))} for {waited:.0f} s: {reason}"
             for rank, reason in zip(ranks, reasons)
         )
-        self._fail(ranks, f"{message}; stacks: {self._folder}/stacks-rank*.txt", LOST)
+        self._fail(ranks, f"{message}; stacks: {self._folder}/stacks-rank*.txt", LOST, silent=reasons[0] == SILENT)
         self._end_with_the_others()
 
 
@@ -295,7 +309,7 @@ def _culprits(
     silent = [rank for rank in everyone if before[rank] is None or before[rank] == after[rank]]
     silent = [rank for rank in silent if not (after[rank] or {}).get("where")]
     if silent:
-        return silent, ["it does not answer: stopped, or its machine is gone"] * len(silent)
+        return silent, [SILENT] * len(silent)
     beats = [record["beats"] if record else 0 for record in after]
     behind = [rank for rank in everyone if beats[rank] < max(beats)]
     ranks = behind or [rank for rank in everyone if not any(part in where[rank] for part in WAITING)] or list(everyone)

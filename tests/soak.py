@@ -27,10 +27,13 @@ import soak_checkpoints
 import soak_corruptions
 import soak_files
 import soak_hangs
+import soak_injections
 import soak_kills
 import soak_lines
+import soak_restarts
 import soak_signals
 import soak_stock
+import soak_training
 
 KINDS: dict[str, ModuleType] = {
     "lines": soak_lines,
@@ -41,6 +44,9 @@ KINDS: dict[str, ModuleType] = {
     "stock": soak_stock,
     "signals": soak_signals,
     "hangs": soak_hangs,
+    "training": soak_training,
+    "restarts": soak_restarts,
+    "injections": soak_injections,
 }
 COUNTS = {
     "lines": 10_000_000,
@@ -51,6 +57,9 @@ COUNTS = {
     "stock": 1_000,
     "signals": 100,
     "hangs": 100,
+    "training": 450,
+    "restarts": 30,
+    "injections": 300,
 }
 MOST_FAILURES = 10
 ADDRESS_SPACE = 16 << 30  # a file that asks for more memory gets an error, not the machine

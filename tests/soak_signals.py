@@ -4,7 +4,6 @@ the run that goes on is the run that was never stopped. In some trials a second 
 import json
 import random
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,7 @@ KINDS = [(what, target) for target in ("self", "parent") for what in ("TERM", "U
 def prepare(folder: Path, seed: int) -> Path:
     import stops
 
-    if not (folder / "reference").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        stops.prepare(folder)
-    return folder
+    return stops.prepare(folder)
 
 
 def trial(randomness: random.Random, folder: Path, prepared: Path) -> Counter[str]:

@@ -1,5 +1,5 @@
-"""Ranks of a tiny run that meet a signal or a fault at a chosen place; what `test_signals.py`, `test_watch.py` and the
-soaks of signals and hangs share.
+"""Ranks of a tiny run that meet a signal, a fault or a kill; what `test_signals.py`, `test_watch.py` and the soaks of
+training, restarts, signals and hangs share.
 
     python tests/stops.py FAULT ARGUMENTS...        one rank, as torchrun starts it; FAULT is JSON, see `arm`
 
@@ -7,8 +7,12 @@ Ranks are forked from this process, which has imported torch but run no parallel
 are in a session of their own, whose number all their processes carry.
 """
 
+import gc
+import hashlib
 import json
+import mmap
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,22 +25,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.tensorboard
+import torch._dynamo  # as all that a rank imports: before any fork
+from safetensors import safe_open
 
-from fastcpt import shards, signals, train, watch
+from fastcpt import metrics, saving, shards, signals, train, watch
+from fastcpt.metrics import TIMING_FIELDS
 
 SIGNALS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "STOP": signal.SIGSTOP, "KILL": signal.SIGKILL}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
-            "--rdzv-endpoint=localhost:0", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+            "--shutdown-timeout=3", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # fmt: skip
 CONFIG = """
 model: {layers: 2, width: 24, heads: 3, vocab_size: 64}
 data:
   seq_len: 16
   train: [{name: new, path: FOLDER/new, weight: 1.0}]
   val: [{name: val, path: FOLDER/val, role: upstream}]
-train: {tokens: 1152, batch_tokens: 96, micro_batch: 2, compile: false, precision: fp32}
+train:
+  {tokens: 1536, batch_tokens: 128, micro_batch: 2, compile: false, precision: fp32, parallel: LAYOUT, deterministic: FIXED}
 optim: {lr: 1.0e-3}
-run: {output: FOLDER/run, log_every: 3, eval_every: 4, eval_tokens: 200, save_every: 5, tensorboard: false, timeout: 3.0}
+run: {output: FOLDER/run, log_every: 3, eval_every: 4, eval_tokens: 200, save_every: SAVE, tensorboard: false, timeout: 3.0}
 """
 STEPS = 12
 
@@ -68,7 +75,8 @@ def arm(fault: dict[str, Any]) -> None:
 
     def at(where: str) -> None:
         passed[where] = passed.get(where, 0) + 1
-        if mine and where == fault.get("where") and passed[where] == fault["when"]:
+        due = where == fault.get("where") and passed[where] == fault["when"]
+        if mine and due and not (here / "acted").exists():  # torchrun may start this again
             (here / "acted").write_text(str(time.time()))
             act(fault)
         if where == "save" and mine and fault.get("in_save") and (here / "acted").exists():
@@ -90,8 +98,12 @@ def arm(fault: dict[str, Any]) -> None:
         state = real_setup(config)
         if int(os.environ.get("RANK", "0")) == 0:
             (here / "origin").write_text(f"{state.origin.kind} {state.step}")
-        state.model.layers[0].attention.dense.weight.register_hook(lambda gradient: at("backward"))
+        state.model.layers[0].attention.register_forward_hook(watch_backward)
         return state
+
+    def watch_backward(module: Any, arguments: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: at("backward"))
 
     def handled(self: Any, number: int, frame: Any) -> None:
         (here / f"received-{os.environ.get('RANK', '0')}").write_text(str(passed.get("step", 0)))
@@ -103,32 +115,67 @@ def arm(fault: dict[str, Any]) -> None:
     before(shards.ShardSet, "windows", "evaluation", fault.get("slow", 0.0))
 
 
+def tell_of_saves(notes: Path, rank: int) -> None:
+    """Byte `rank` of NOTES/saves is odd while this process is in a save, and stays so when it is killed there; half of it
+    is how many there were. NOTES/pid-RANK has the process."""
+    with open(notes / "saves", "r+b") as file:
+        told = mmap.mmap(file.fileno(), 0)
+    told[rank] = 0
+    real = saving.write
+
+    def write(*arguments: Any, **options: Any) -> Path:
+        told[rank] += 1
+        try:
+            return real(*arguments, **options)
+        finally:
+            told[rank] += 1
+
+    saving.write = write
+    (notes / f"pid-{rank}").write_text(str(os.getpid()))
+
+
 def rank(fault: dict[str, Any], arguments: list[str]) -> int:
     torch.set_num_threads(1)
+    metrics.peak_flops = lambda device, dtype: 1e9  # which takes a second of each start
     arm(fault)
+    tell_of_saves(Path(fault["notes"]), int(os.environ.get("RANK", "0")))
     return train.main(arguments)
 
 
+def _state(pid: int) -> str:
+    """R, S, T, Z and so on, "" of no process."""
+    return watch._stat(pid)[0]
+
+
 class Ranks:
-    """Two forked ranks, or torchrun's. `wait` ends what does not end by itself, as torchrun does."""
+    """Forked ranks, or torchrun's. `wait` ends what does not end by itself, as torchrun does."""
 
     def __init__(
-        self, folder: Path, fault: dict[str, Any], torchrun: bool = False, size: int = 2, **options: Any
+        self,
+        folder: Path,
+        fault: dict[str, Any],
+        torchrun: bool = False,
+        size: int = 2,
+        restarts: int = 0,
+        before: Callable[[int], None] = lambda rank: None,
     ) -> None:
-        self.log = folder / "log"
-        for path in folder.glob("received-*"):
-            path.unlink()
-        (folder / "acted").unlink(missing_ok=True)
+        """before: what each forked rank does before it trains."""
+        self.folder, self.size, self.log = folder, size, folder / "log"
+        for path in (*folder.glob("received-*"), folder / "acted"):
+            path.unlink(missing_ok=True)
+        self.forget()
+        (folder / "saves").write_bytes(bytes(size))
         fault = {"notes": str(folder), **fault}
         arguments = ["--config", str(folder / "config.yaml")]
-        arguments += [part for name, value in options.items() for part in (f"--run.{name}", str(value))]
         self.started = time.monotonic()
         if torchrun:
-            command = [*TORCHRUN, "--shutdown-timeout=3", str(Path(__file__)), json.dumps(fault), *arguments]
+            command = [*TORCHRUN, f"--nproc_per_node={size}", f"--max-restarts={restarts}"]
+            command += [str(Path(__file__)), json.dumps(fault), *arguments]
             with open(self.log, "ab") as log:
                 self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
             self.children = [self.process.pid]
             return
+        self._before = before
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -148,12 +195,37 @@ class Ranks:
             if size > 1:
                 os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            self._before(number)
             code = rank(fault, arguments)
         finally:
             if sys.exc_info()[0]:
                 traceback.print_exc()
             sys.stdout.flush()
             os._exit(code)
+
+    def saves(self, rank: int) -> int:
+        """See `tell_of_saves`."""
+        return (self.folder / "saves").read_bytes()[rank]
+
+    def pids(self) -> list[int]:
+        """Of the ranks, when all have come so far that they tell of their saves; else none."""
+        try:
+            return [int((self.folder / f"pid-{rank}").read_text()) for rank in range(self.size)]
+        except (OSError, ValueError):  # not yet there, or being written
+            return []
+
+    def forget(self) -> None:
+        """The ranks that there are are on their way out: `pids` waits for those that torchrun starts in their place."""
+        for path in self.folder.glob("pid-*"):
+            path.unlink()
+
+    def kill(self, pid: int) -> None:
+        """Returns when that rank is dead."""
+        os.kill(pid, signal.SIGKILL)
+        assert until(lambda: _state(pid) in ("", "Z", "X"), 10)
+
+    def ended(self) -> bool:
+        return all(_state(child) in ("", "Z", "X") for child in self.children)
 
     def wait(self, seconds: float = 60.0, grace: float = 2.0) -> list[int]:
         """Exit codes. When one has failed the others get `grace` seconds, as from torchrun; nothing lasts longer than asked."""
@@ -191,13 +263,29 @@ class Ranks:
 
 
 def outcome(output: Path) -> dict[str, str]:
-    """What must be as in a run that was never disturbed: `crash.digest`, but for what says that a signal came at the end."""
-    import crash
-
-    values = crash.digest(output)
-    state = json.loads((output / "checkpoints" / values["step"] / "state.json").read_text())
+    """What must be as in a run that was never disturbed: hashes of the last checkpoint's tensors and of the metrics
+    without their timing fields; its state, but for where it ran and what says that a signal came at the end."""
+    last = max((output / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    values = {}
+    for path in last.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                values[name, tuple(json.loads(file.metadata()["DCP_SHARDING_INFO"])[name]["saved_offsets"])] = (
+                    file.get_tensor(name).tobytes()
+                )
+    tensors = hashlib.sha256()
+    for key in sorted(values):
+        tensors.update(repr(key).encode() + values[key])
+    state = json.loads((last / "state.json").read_text())
     del state["unevaluated"], state["config"]["run"]
-    return values | {"state": json.dumps(state, sort_keys=True)}
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in lines]
+    return {
+        "step": last.name,
+        "tensors": tensors.hexdigest(),
+        "state": json.dumps(state, sort_keys=True),
+        "metrics": json.dumps(lines),
+    }
 
 
 def write_set(folder: Path, seed: int, tokens: int) -> None:
@@ -224,30 +312,53 @@ def write_set(folder: Path, seed: int, tokens: int) -> None:
 
 
 def prepare(folder: Path) -> Path:
-    """A folder with shards, a configuration and, in `reference`, the outcome of a run that was never disturbed."""
-    for seed, (name, tokens) in enumerate((("new", 1600), ("val", 480))):
-        write_set(folder / name, seed, tokens)
-    (folder / "config.yaml").write_text(CONFIG.replace("FOLDER", str(folder)))
-    ranks = Ranks(folder, {})
-    assert ranks.wait() == [0, 0], ranks.log.read_text()
-    (folder / "reference").write_text(json.dumps(outcome(folder / "run")))
+    """A folder with shards, and with what `reference` makes."""
+    if not (folder / "ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        for seed, (name, tokens) in enumerate((("new", 1600), ("val", 480))):
+            write_set(folder / name, seed, tokens)
+        (folder / "ready").touch()
     return folder
 
 
-def place_of(prepared: Path, folder: Path) -> Path:
-    """A folder for one trial, on the same data."""
-    (folder / "config.yaml").write_text(CONFIG.replace("FOLDER/run", f"{folder}/run").replace("FOLDER", str(prepared)))
+def place_of(prepared: Path, folder: Path, layout: str = "auto", size: int = 2, save_every: int = 5) -> Path:
+    """A folder for one trial, on the same data.
+
+    More than two ranks sum in a fixed order: DDP's first step after a start has other buckets than the later ones, and so
+    another order of the sums.
+    """
+    text = CONFIG.replace("FOLDER/run", f"{folder}/run").replace("FOLDER", str(prepared)).replace("LAYOUT", layout)
+    text = text.replace("FIXED", str(size > 2).lower()).replace("SAVE", str(save_every))
+    (folder / "config.yaml").write_text(text)
     return folder
 
 
-def goes_on(prepared: Path, folder: Path) -> int:
-    """Starts the run of a trial again, without a fault: it must end as the reference. The step from which it went on."""
-    ranks = Ranks(folder, {})
-    codes = ranks.wait()
-    assert codes == [0, 0], f"{codes}: {ranks.log.read_text()[-3000:]}"
-    expected, actual = json.loads((prepared / "reference").read_text()), outcome(folder / "run")
+def reference(prepared: Path, layout: str, size: int) -> dict[str, str]:
+    """The outcome of a run that was never disturbed; the run when it is needed first."""
+    folder = prepared / f"{layout}-{size}"
+    if not (folder / "reference").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        ranks = Ranks(place_of(prepared, folder, layout, size), {}, size=size)
+        assert ranks.wait() == [0] * size, ranks.log.read_text()
+        (folder / "reference").write_text(json.dumps(outcome(folder / "run")))
+    expected: dict[str, str] = json.loads((folder / "reference").read_text())
+    return expected
+
+
+def check_outcome(prepared: Path, folder: Path, layout: str = "auto", size: int = 2) -> None:
+    """The run in the folder of a trial has ended as one that was never disturbed."""
+    expected, actual = reference(prepared, layout, size), outcome(folder / "run")
     different = [key for key in expected if expected[key] != actual[key]]
     assert not different, f"{different} differ from a run that was never disturbed"
+
+
+def goes_on(prepared: Path, folder: Path, layout: str = "auto", size: int = 2) -> int:
+    """Starts the run of a trial again, without a fault: it must end as the reference. The step from which it went on."""
+    ranks = Ranks(folder, {}, size=size)
+    codes = ranks.wait()
+    assert codes == [0] * size, f"{codes}: {ranks.log.read_text()[-3000:]}"
+    check_outcome(prepared, folder, layout, size)
     kind, step = (folder / "origin").read_text().split()
     return int(step) if kind == "resume" else 0
 
@@ -261,7 +372,7 @@ def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     return True
 
 
-assert watch.LOST  # imported here, before any fork
+gc.freeze()  # ranks that are forked from here need not look through all that was imported
 
 if __name__ == "__main__":
     sys.exit(rank(json.loads(sys.argv[1]), sys.argv[2:]))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastcpt import UserError, hf
-from fastcpt.config import Config, Count, Source, ValidationSet, to_dict
+from fastcpt import UserError, checkpoint, hf, lineage, train
+from fastcpt.config import Config, Count, Source, ValidationSet, to_dict, to_yaml
 from fastcpt.data import MILLION, Mixture, Phase, PhaseSource
 from fastcpt.lineage import (
     Origin,
@@ -32,6 +32,31 @@ from fastcpt.shards import ShardSet
 ARCH = Architecture(2, 24, 3, vocab_size=64)
 ALONE = World(0, 1, torch.device("cpu"))
 SEQ_LEN = 16
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_what_it_lacks(
+    tmp_path: Path, sets: dict[str, ShardSet], tiny_config: Callable, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What is asked for is all that a save writes, so that what a version adds is asked for as well."""
+    data = {"train": [Source(name="new", path=str(next(iter(sets.values())).path), weight=1.0)], "seq_len": 16}
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(tiny_config(tmp_path / "run", data=data)))
+    arguments = ["--config", str(file)]
+    assert train.main(arguments) == 0
+    (found,) = (tmp_path / "run" / "checkpoints").iterdir()
+    state = checkpoint.read_state(found)
+    assert set(state) == set(lineage.FOR_POSITION)
+    for name in ("interval", "eod_token"):
+        for more in ([], ["--run.output", str(tmp_path / "other"), "--init.from", str(tmp_path / "run")]):
+            lacking = {key: value for key, value in state.items() if key != name}
+            monkeypatch.setattr(checkpoint, "read_state", lambda found, lacking=lacking: dict(lacking))
+            if more and name not in lineage.FOR_WEIGHTS:
+                assert lineage.read_state(found, lineage.FOR_WEIGHTS) == lacking
+                continue
+            assert train.main([*arguments, *more]) == 2
+            assert (
+                f"{found}/state.json: has no '{name}': another version of fastcpt wrote it" in capsys.readouterr().err
+            )
 
 
 @pytest.fixture(scope="module")

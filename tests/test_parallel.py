@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,29 @@ def test_several_processes_agree(run_ranks: Callable) -> None:
         }  # fmt: skip
 
 
+def test_what_earlier_processes_left_in_the_store_is_not_taken_for_theirs() -> None:
+    """One of those that are gone had asked, and one had been answered."""
+    store = torch.distributed.HashStore()
+    store.set("question-1", "gone")
+    store.set("answer-gone", "theirs")
+    with ThreadPoolExecutor(3) as threads:
+        for start in range(2):
+            stores = list(threads.map(lambda rank: parallel.own_store(store, rank, 3, 20.0), range(3)))
+            for rank, own in enumerate(stores):
+                assert not own.check(["address-0", "address-1", "address-2"])
+                own.set(f"address-{rank}", f"{start} {rank}")
+            assert [stores[0].get(f"address-{rank}") for rank in range(3)] == [
+                f"{start} {r}".encode() for r in range(3)
+            ]
+
+
+def test_a_process_that_does_not_start_is_named() -> None:
+    store = torch.distributed.HashStore()
+    store.set("question-2", "gone")
+    with pytest.raises(RuntimeError, match=r"processes \[1, 2\] of 3 did not start within 0 s"):
+        parallel.own_store(store, 0, 3, 0.2)
+
+
 def test_one_process_needs_no_group() -> None:
     assert not torch.distributed.is_initialized()
     numbers = torch.tensor([3.0])
@@ -92,6 +116,8 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
                 monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.distributed, "rendezvous", lambda *arguments, **options: iter([(None, rank, size)]))
+        monkeypatch.setattr(parallel, "own_store", lambda store, *arguments: store)
         monkeypatch.setattr(torch.distributed, "init_process_group", lambda *arguments, **options: None)
         return parallel.start(setting)
 

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,33 @@ def test_one_process_saves_at_once_and_goes_on_as_if_nothing_had_been(
     tensors, wanted = train.named_tensors(state), train.named_tensors(expected)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors.items())
     assert timeless(output) == timeless(Path(reference.run.output))
+    # Complete, whatever its last checkpoint says of the evaluation that the signal cut short: it is not done again.
+    monkeypatch.setattr(train.evaluation, "evaluate", lambda *arguments, **options: 1 / 0)
+    train.train(cut)
+    assert timeless(output) == timeless(Path(reference.run.output))
+
+
+def test_a_signal_while_the_model_is_compiled(config: Callable, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """It comes in the compiler; the first step is done, and saved."""
+    from torch._inductor import compile_fx
+
+    eager = config("run")
+    eager = replace(eager, data=replace(eager.data, val=[]), train=replace(eager.train, micro_batch=6))  # one graph
+    real = compile_fx.compile_fx
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(compile_fx, "compile_fx", signalled)
+        with pytest.raises(Preempted, match="preempted at step 1, saved in"):
+            train.train(replace(eager, train=replace(eager.train, compile=True)))
+    signal.signal(signal.SIGTERM, before)
+    output = Path(eager.run.output)
+    assert (output / "exit-code").read_text() == "75\n" and train.checkpoint.steps(output) == [1]
+    assert train.train(eager).step == 9 and "resume: step 1;" in capfd.readouterr().out
 
 
 STUBS = {

@@ -42,6 +42,9 @@ def start(*arguments: Any) -> subprocess.CompletedProcess[str]:
         ("checkpoints", 100, "corruptions"),
         ("signals", 3, "signals"),
         ("hangs", 6, "hangs"),
+        ("training", 15, "kills"),
+        ("restarts", 1, "exceptions"),
+        ("injections", 24, "injections"),
     ],
 )
 def test_no_trial_fails(tmp_path: Path, what: str, count: int, counted: str) -> None:
@@ -153,6 +156,40 @@ def test_a_checkpoint_that_is_taken_as_it_is_is_found(
     monkeypatch.setattr(checkpoint, "verify", lambda *arguments, **options: None)
     failures = failing(soak, "checkpoints", tmp_path, 12)
     assert len(failures) >= 8 and all("not seen: " in failure for failure in failures)
+
+
+HARMS = {
+    "training": """
+real = train.load_
+def load_(state):
+    real(state)
+    state.optimizer.state[state.optimizer.parameters[0]]["exp_avg"].flatten()[0].zero_()
+train.load_ = load_
+""",
+    "injections": """
+real = optim.AdamW.clipped_step
+def clipped_step(self, *arguments):
+    norm, skipped = real(self, *arguments)
+    self.parameters[0].data.flatten()[0] += 1e-6 * skipped
+    return norm, skipped
+optim.AdamW.clipped_step = clipped_step
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("training", "['tensors', 'metrics'] differ"), ("injections", "AssertionError")]
+)
+def test_a_run_that_is_not_the_same_is_found(tmp_path: Path, what: str, said: str) -> None:
+    """In a process of its own, which forks ranks: of what goes on one moment is lost; a skipped step changes a weight."""
+    script = f"import sys, soak\nfrom fastcpt import optim, train\n{HARMS[what]}\nsys.exit(soak.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, what, "--count", "1", "--seed", "1", str(tmp_path)],
+        check=False, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(HARNESS.parent)},
+    )  # fmt: skip
+    assert done.returncode == 1 and f"{what} 0 FAILED: " in done.stdout and said in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_sets_that_differ_after_a_kill_are_found(tmp_path: Path, soak: ModuleType) -> None:

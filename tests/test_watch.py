@@ -34,6 +34,7 @@ def record(beats: int, ticks: int, where: str = "") -> dict[str, Any]:
 
 COLLECTIVE = "all_reduce (/lib/torch/distributed/distributed_c10d.py:1)"
 BACKWARD = "_engine_run_backward (/lib/torch/autograd/graph.py:1)"
+BUCKETS = "_pre_forward (/lib/torch/nn/parallel/distributed.py:1)"
 SLEEP = "hook (/home/x/hook.py:3)"
 
 
@@ -47,6 +48,7 @@ SLEEP = "hook (/home/x/hook.py:3)"
         ([record(4, 1, SLEEP), record(5, 1)], [record(4, 1, SLEEP), record(5, 2, BACKWARD)], [0], "it is in hook"),
         # All in the same step: the one that waits for no other.
         ([record(5, 1, BACKWARD), record(5, 1, SLEEP)], [record(5, 1, BACKWARD), record(5, 1, SLEEP)], [1], "in hook"),
+        ([record(5, 1, BUCKETS), record(5, 1, SLEEP)], [record(5, 1, BUCKETS), record(5, 1, SLEEP)], [1], "in hook"),
         ([record(5, 1, BACKWARD)] * 2, [record(5, 1, BACKWARD)] * 2, [0, 1], "_engine_run_backward"),
     ],
 )  # fmt: skip
@@ -134,7 +136,7 @@ def test_a_second_run_is_told_who_has_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_flipped_bit_changes_the_hash(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "CHUNK", 64)  # several chunks, the last one short
+    monkeypatch.setitem(replicas.CHUNK, "cpu", 64)  # several chunks, the last one short
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(11, 19, generator=generator).to(dtype), torch.randn(3, generator=generator).to(dtype)]
     before = replicas.hashes(tensors)
@@ -154,7 +156,7 @@ def test_a_flipped_bit_changes_the_hash(dtype: torch.dtype, monkeypatch: pytest.
 
 def test_the_sum_is_that_of_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against Python's integers, which have no end."""
-    monkeypatch.setattr(replicas, "CHUNK", 8)
+    monkeypatch.setitem(replicas.CHUNK, "cpu", 8)
     tensor = torch.randn(21, generator=torch.Generator().manual_seed(0))
     bits = np.frombuffer(tensor.numpy().tobytes(), "<i4").tolist()
     exact = sum((2 * place + 1) * replicas.FACTOR * value for place, value in enumerate(bits)) % 2**64
@@ -245,11 +247,11 @@ def test_samples_whose_loss_is_not_finite_are_named(
     monkeypatch.setattr(train, "setup", poisoned({7, 11, 26}))
     state = train.train(config)
     assert [(line["step"], line["tokens"], line["event"]) for line in events(config)] == [
-        (2, 192, {"kind": "not finite", "samples": [6, 12], "not_finite": [7, 11]}),
-        (5, 480, {"kind": "not finite", "samples": [24, 30], "not_finite": [26]}),
+        (2, 192, {"kind": "not finite", "samples": [6, 12], "not_finite": [7, 11], "ranks": [0]}),
+        (5, 480, {"kind": "not finite", "samples": [24, 30], "not_finite": [26], "ranks": [0]}),
     ]
     assert state.skipped.tolist() == [2, 0]
-    assert "skipped (not finite): samples 6 to 11; the loss of [7, 11] is not finite" in capfd.readouterr().out
+    assert "skipped (not finite): samples 6 to 11; the loss of [7, 11] is not finite, rank 0" in capfd.readouterr().out
 
 
 POISONED_RANK = """
@@ -272,7 +274,8 @@ def test_two_processes_skip_and_name_alike(tmp_path: Path, make_config: Callable
     )
     said = [output.splitlines()[-1] for output in run_ranks(code, 2, tmp_path / "config", HERE)]
     assert said[0] == said[1] and said[0].startswith("[[2, 0]")
-    assert [line["event"]["not_finite"] for line in events(config)] == [[7, 11], [26]]
+    found = [(line["event"]["not_finite"], line["event"]["ranks"]) for line in events(config)]
+    assert found == [([7, 11], [0, 1]), ([26], [0])]
 
 
 def test_a_good_step_does_not_wait_for_the_device(make_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
