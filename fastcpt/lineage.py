@@ -26,8 +26,8 @@ from fastcpt.shards import ShardSet, tokenizer_fingerprint
 # What may differ when a run goes on: where and how it runs and reports, not what it computes. Sets are compared by
 # their content, not by their paths.
 FREE = (
-    "run.", "data.reader", "train.micro_batch", "train.parallel", "train.deterministic", "train.compile", "train.kernels", "train.loss",
-    "train.attention",
+    "run.", "data.reader", "train.micro_batch", "train.parallel", "train.deterministic", "train.compile", "train.recompute",
+    "train.kernels", "train.loss", "train.attention",
 )  # fmt: skip
 # Forgetting compares with the start, which was measured on this many tokens.
 NOT_FREE = ("run.eval_tokens",)

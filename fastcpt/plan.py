@@ -281,12 +281,10 @@ def _memory(prepared: Prepared) -> list[str]:
     sequences, bf16 = min(train.micro_batch, prepared.share), train.precision == "bf16"
     processes, machine = prepared.processes, min(prepared.processes, prepared.machine)
     world = World(0, processes, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    needed = {
-        shards: memory.of(config, prepared.origin.arch, world, shards) for shards in sorted({1, machine, processes})
-    }
-    totals = {shards: sum(parts.values()) for shards, parts in needed.items()}
-    kind, why = layout.choose(train.parallel, processes, machine, totals, prepared.device_bytes)
+    needed, room = memory.needed(config, prepared.origin.arch, world), prepared.device_bytes
+    kind, recompute, why = layout.choose(train, processes, machine, needed, room)
     shards = {"single": 1, "ddp": 1, "hsdp": machine, "fsdp": processes}[kind]
+    parts = memory.of(config, prepared.origin.arch, world, shards, recompute)
     kernels = train.kernels == "triton" or (train.kernels == "auto" and torch.cuda.is_available())
     logits = (
         f"{'bf16' if bf16 else 'fp32'} x vocabulary a token"
@@ -297,19 +295,21 @@ def _memory(prepared: Prepared) -> list[str]:
     each = f"a parameter{f', in {shards} shards' if shards > 1 else ''}"
     notes = {
         "weights": f"fp32, 4 bytes {each}",
-        "gradients": f"fp32, 4 bytes {each}{'; the buckets of DDP are these' if shards == 1 else ''}",
+        "gradients": f"fp32, 4 bytes {each}",
         "moments": f"{moments}, 2 x {2 if moments == 'bf16' else 4} bytes {each}",
-        "gathered": "two blocks, the embeddings and a gradient, whole",
+        "buckets": "of DDP, in which gradients are averaged, fp32",
+        "gathered": "two blocks, the embeddings and gradients on their way to shards",
         "casts": "bf16 copies of the matrices",
-        "activations": f"kept for the backward pass of {sequences} x {config.data.seq_len:,} tokens",
+        "recomputed": "one block, in its backward pass; logits are not alive then",
+        "activations": f"{'inputs of blocks, ' if recompute else ''}kept for the backward pass of {sequences} x "
+        f"{config.data.seq_len:,} tokens",
         "logits": "a block of them, and the gradients of the head" if blocks else logits,
         "total": "in eager mode; compiled takes less",
     }
-    rows = [*needed[shards].items(), ("total", totals[shards])]
+    rows = [*parts.items(), ("total", sum(parts.values()))]
     shown = [f"  {name:<12} {size(value):>12}   {notes[name]}" for name, value in rows if value]
     where = "Triton kernels" if kernels else "torch kernels; --train.kernels triton says it for a GPU"
-    head = [] if processes == 1 else [_fold("layout", f"{kind}: {why}")]
-    return [*head, f"memory of a process, {train.precision}, {where}", *shown]
+    return [_fold("layout", f"{kind}: {why}"), f"memory of a process, {train.precision}, {where}", *shown]
 
 
 def _results(prepared: Prepared) -> list[str]:
