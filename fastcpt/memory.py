@@ -136,17 +136,49 @@ def parts(
     } | max((loss, backward, end), key=lambda part: sum(part.values()))
 
 
+def uses_kernels(config: Config, world: World) -> bool:
+    """Triton kernels: where there is a GPU, or where the configuration asks."""
+    return config.train.kernels == "triton" or (config.train.kernels == "auto" and world.device.type == "cuda")
+
+
+def uses_blocks(config: Config, world: World) -> bool:
+    gpu = world.device.type == "cuda" or uses_kernels(config, world)
+    return config.train.loss == "blocks" or (config.train.loss == "auto" and not gpu)
+
+
 def of(config: Config, arch: Architecture, world: World, shards: int, recompute: bool) -> dict[str, int]:
-    """`parts` of a run on this kind of device: Triton kernels where there is a GPU, or where the configuration asks."""
-    train, gpu = config.train, world.device.type == "cuda"
+    """`parts` of a run on this kind of device."""
+    train = config.train
     share = -(-train.batch_tokens // config.data.seq_len // world.size)
-    kernels = train.kernels == "triton" or (train.kernels == "auto" and gpu)
-    blocks = train.loss == "blocks" or (train.loss == "auto" and not gpu and not kernels)
     return parts(
         arch, min(train.micro_batch, share), config.data.seq_len, train.precision == "bf16", config.data.document_mask,
-        kernels, blocks, 2 if config.optim.moments == "bf16" else 4, shards, recompute,
+        uses_kernels(config, world), uses_blocks(config, world), 2 if config.optim.moments == "bf16" else 4, shards, recompute,
         ddp=shards == 1 and world.size > 1 and not train.deterministic,
     )  # fmt: skip
+
+
+def notes(config: Config, world: World, shards: int, recompute: bool, sequences: int) -> dict[str, str]:
+    """What each of `parts` is, for people, and what their total is of. sequences: of a micro-batch."""
+    bf16, moments = config.train.precision == "bf16", config.optim.moments
+    each = f"a parameter{f', in {shards} shards' if shards > 1 else ''}"
+    logits = "softmax and its gradients, 3 x fp32 x vocabulary a token"
+    if uses_kernels(config, world):
+        logits = f"{'bf16' if bf16 else 'fp32'} x vocabulary a token"
+    if uses_blocks(config, world):
+        logits = "a block of them, and the gradients of the head"
+    return {
+        "weights": f"fp32, 4 bytes {each}",
+        "gradients": f"fp32, 4 bytes {each}",
+        "moments": f"{moments}, 2 x {2 if moments == 'bf16' else 4} bytes {each}",
+        "buckets": "of DDP, in which gradients are averaged, fp32",
+        "gathered": "two blocks, the embeddings and gradients on their way to shards",
+        "casts": "bf16 copies of the matrices",
+        "activations": f"{'inputs of blocks, ' if recompute else ''}kept for the backward pass of {sequences} x "
+        f"{config.data.seq_len:,} tokens",
+        "logits": logits,
+        "recomputed": "one block, in its backward pass; logits are not alive then",
+        "total": "in eager mode; compiled takes less",
+    }
 
 
 def needed(config: Config, arch: Architecture, world: World) -> Callable[[int, bool], int]:
