@@ -1,6 +1,7 @@
 """The memory of a training step, by part: formulas, checked against what autograd keeps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastcpt import metrics
 from fastcpt.config import Config
@@ -184,3 +185,13 @@ def notes(config: Config, world: World, shards: int, recompute: bool, sequences:
 def needed(config: Config, arch: Architecture, world: World) -> Callable[[int, bool], int]:
     """needed(shards, recomputed) -> bytes in all, for `layout.choose`."""
     return lambda shards, recompute: sum(of(config, arch, world, shards, recompute).values())
+
+
+def largest_kept(config: Config, arch: Architecture, world: World, shards: int, room: float) -> int:
+    """The largest micro-batch up to `train.micro_batch` of which no block must be recomputed in so many bytes, or 0."""
+
+    def fits(sequences: int) -> bool:
+        smaller = replace(config, train=replace(config.train, micro_batch=sequences))
+        return sum(of(smaller, arch, world, shards, False).values()) <= room
+
+    return next((sequences for sequences in range(config.train.micro_batch, 0, -1) if fits(sequences)), 0)

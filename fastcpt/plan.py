@@ -25,11 +25,10 @@ from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
 from fastcpt.metrics import short_count
 from fastcpt.parallel import World
-from fastcpt.schedules import Plan
+from fastcpt.schedules import ASCII, BLOCKS, Plan, curve
 
 PER_MACHINE, MEMORY_GIB = 8, 80  # unless they are said: processes of a machine, memory of the device of each
 WIDTH = 100  # columns of the output
-BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .#"  # the fillings of a cell of the curve, from empty to full
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,16 @@ class Prepared:
         return layout.choose(
             self.config.train, self.processes, min(self.processes, self.machine), needed, self.device_bytes
         )
+
+    @property
+    def shards(self) -> int:
+        return {"single": 1, "ddp": 1, "hsdp": self.machine, "fsdp": self.processes}[self.spread[0]]
+
+    @property
+    def largest_kept(self) -> int:
+        """See `memory.largest_kept`."""
+        room = layout.ROOM * self.device_bytes
+        return memory.largest_kept(self.config, self.origin.arch, self.world, self.shards, room)
 
     @property
     def tokens(self) -> int:
@@ -184,19 +193,6 @@ def disk(prepared: Prepared) -> Disk:
     return Disk(saved, 4 * parameters + tokenizer + 120 * tensors, written, len(there) + more, more * saved, free)
 
 
-def curve(plan: Plan, width: int = 60, height: int = 10, glyphs: str = BLOCKS) -> list[str]:
-    """Lines of `width` cells, the top first: bars from 0 to the plan's peak.
-
-    Column c stands for the step first + 1 + round(c (steps - 1) / (width - 1)). A bar's length, in parts of a cell
-    (`glyphs` has one for each), is rounded up: no rate above 0 is drawn as nothing.
-    """
-    parts, rows = len(glyphs) - 1, reversed(range(height))
-    unit = plan.peak / (height * parts) or 1.0  # a branch of a run that ended at 0 has nothing else
-    steps = [plan.first + 1 + round(column * (plan.steps - 1) / (width - 1)) for column in range(width)]
-    bars = [math.ceil(plan.rate(step) / unit - 1e-9) for step in steps]
-    return ["".join(glyphs[min(parts, max(0, bar - row * parts))] for bar in bars) for row in rows]
-
-
 def advice(prepared: Prepared) -> list[str]:
     """What deserves a second look, with the paper that says so. Nothing of it is refused."""
     config, plan, kind, space = prepared.config, prepared.plan, prepared.origin.kind, disk(prepared)
@@ -225,6 +221,8 @@ def advice(prepared: Prepared) -> list[str]:
     if micro < prepared.share and 0 < (rest := prepared.share % micro) < micro / 2:
         even = -(-prepared.share // -(-prepared.share // micro))
         lines.append(f"a step's last micro-batch is {rest} sequences of up to {micro}; as many would do with {even}")
+    if config.train.recompute == "auto" and prepared.spread[1] and (fewer := prepared.largest_kept):
+        lines.append(f"blocks are recomputed, which takes time; with train.micro_batch {fewer} they need not be")
     if (share := evaluations(prepared)[2]) > 0.1:
         lines.append(f"evaluation adds {share:.0%} of compute; raise run.eval_every or lower run.eval_tokens")
     if space.needed > space.free:
@@ -297,9 +295,8 @@ def _data(prepared: Prepared) -> list[str]:
 def _memory(prepared: Prepared) -> list[str]:
     """Of a GPU where one is named or there is one: with Triton kernels. Else as on this machine."""
     config, world, (kind, recompute, why) = prepared.config, prepared.world, prepared.spread
-    shards = {"single": 1, "ddp": 1, "hsdp": prepared.machine, "fsdp": prepared.processes}[kind]
-    parts = memory.of(config, prepared.origin.arch, world, shards, recompute)
-    notes = memory.notes(config, world, shards, recompute, min(config.train.micro_batch, prepared.share))
+    parts = memory.of(config, prepared.origin.arch, world, prepared.shards, recompute)
+    notes = memory.notes(config, world, prepared.shards, recompute, min(config.train.micro_batch, prepared.share))
     rows = [*parts.items(), ("total", sum(parts.values()))]
     shown = [f"  {name:<12} {size(value):>12}   {notes[name]}" for name, value in rows if value]
     where = "Triton kernels" if memory.uses_kernels(config, world) else "torch kernels; --gpu says it for a GPU"

@@ -429,6 +429,24 @@ def test_the_options_of_a_gpu(capsys: Any) -> None:
     assert capsys.readouterr().out.split("\n")[:-1] == cost.table()
 
 
+def test_recomputation_is_planned(make_config: Any) -> None:
+    """Of as much memory as two sequences at a time need, or three: the smaller micro-batch is advised."""
+    base = make_config(train={"micro_batch": 6, "recompute": "auto"}, model={"width": 48, "layers": 6})
+    prepared = plan.prepare(base, 1)
+
+    def needed(sequences: int, recompute: bool) -> int:
+        train = replace(base.train, micro_batch=sequences)
+        return sum(memory.of(replace(base, train=train), prepared.origin.arch, prepared.world, 1, recompute).values())
+
+    assert needed(6, True) < needed(4, False)
+    room = replace(prepared, device_bytes=int((needed(4, False) + 1) / 0.9))
+    assert room.spread[:2] == ("single", True)
+    text = " ".join(plan.render(room).split())
+    assert "layout single: one process; blocks are recomputed: keeping all would need" in text
+    assert "with train.micro_batch 4 they need not be" in text and "inputs of blocks" in text
+    assert "recomputed" not in plan.render(prepared)
+
+
 # The whole
 
 
