@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ SECONDS = 3.0  # of timed runs a shape
 CALLS, FEWEST = 10, 5  # batches a timed run, runs
 STEPS, STEP_SECONDS = 200, 0.02
 DTYPE = np.dtype(np.uint16)
-TOKENIZER = {"fingerprint": "bench", "vocab_size": 50_304, "eod": 0, "eod_token": "<|endoftext|>"}
+TOKENIZER: dict[str, Any] = {"fingerprint": "bench", "vocab_size": 50_304, "eod": 0, "eod_token": "<|endoftext|>"}
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,16 @@ def sparse_set(folder: Path, pairs: int, tokens: int, tail: np.ndarray) -> Shard
     return ShardSet(folder)
 
 
-def real_set(folder: Path, sizes: Sequence[int], seed: int) -> ShardSet:
+def real_set(folder: Path, sizes: Sequence[int], seed: int, vocab_size: int = TOKENIZER["vocab_size"]) -> ShardSet:
     """A set of random tokens; sizes: tokens of each pair."""
     folder.mkdir(parents=True)
     generator, entries = np.random.default_rng(seed), []
     for number, size in enumerate(sizes):
         writer = PairWriter(folder, f"shard-{number:05}", DTYPE)
-        writer.write(generator.integers(1, 50_304, size).astype(DTYPE), np.array([size], np.int32))
+        writer.write(generator.integers(1, vocab_size, size).astype(DTYPE), np.array([size], np.int32))
         entries.append(writer.close())
-    write_manifest(folder, tokenizer=TOKENIZER, dtype=DTYPE, text_bytes=0, pairs=entries, files=[])
+    tokenizer = {**TOKENIZER, "vocab_size": vocab_size}
+    write_manifest(folder, tokenizer=tokenizer, dtype=DTYPE, text_bytes=0, pairs=entries, files=[])
     return ShardSet(folder)
 
 

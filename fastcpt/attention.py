@@ -7,9 +7,10 @@
 auto takes the first of `preference` that can run, and says why the ones before it cannot. A backend that is asked for
 by name and cannot run is an error; none falls back to another.
 
-None but sdpa has run on a device yet: the others are checked for their arguments, packing and choice alone.
+None but sdpa and blocks has run on a device yet: the others are checked for their arguments, packing and choice alone.
 
 - sdpa    torch's scaled_dot_product_attention, anywhere. Documents need a mask of T x T.
+- blocks  `cpu_attention.py`, in bf16 on a CPU, where it is several times as fast as sdpa.
 - cudnn   cuDNN through torch: 1.7 to 2.3 times the flash kernel in torch on Hopper (huggingface/transformers#48163).
           The operator is called by name and not through `sdpa_kernel`, under which a compiled graph may take another
           kernel out of its cache (pytorch#185449) and is compiled anew in each process (pytorch#194007).
@@ -35,8 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcpt import UserError
+from fastcpt.cpu_attention import cpu_attention
 
-Name = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen"]
+Name = Literal["auto", "sdpa", "blocks", "cudnn", "flash2", "flash3", "flash4", "varlen"]
 Function = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 # The module of each, and of its functions the arguments that are given by name.
@@ -73,7 +75,7 @@ class Backend:
         tokens_BT: token ids of any integer dtype, in host memory. An end-of-document token ends its own document, and
         a row begins a new one.
         """
-        make = document_ids if self.name == "sdpa" else document_bounds
+        make = document_ids if self.name in ("sdpa", "blocks") else document_bounds
         return torch.from_numpy(make(np.asarray(tokens_BT), eod)).to(device, non_blocking=True)
 
 
@@ -107,6 +109,7 @@ class Setting:
     seq_len: int
     documents: bool
     deterministic: bool = False
+    cpu: bool = False
 
 
 def refusal(name: str, setting: Setting) -> str | None:
@@ -114,6 +117,8 @@ def refusal(name: str, setting: Setting) -> str | None:
     capability, width = setting.capability, setting.head_width
     if name == "sdpa":
         return None
+    if name == "blocks":
+        return _dtype_refusal(setting) if setting.cpu else "it is for CPUs"
     if capability is None:
         return "it needs an NVIDIA GPU"
     chip = f"sm_{capability[0]}{capability[1]}"
@@ -121,8 +126,8 @@ def refusal(name: str, setting: Setting) -> str | None:
     if capability < (8, 0) or (majors and capability[0] not in majors):
         where = " or ".join(f"sm_{major}x" for major in majors) if majors else "sm_80 or newer"
         return f"it needs {where}, and this GPU is {chip}"
-    if setting.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16, and the model computes in {str(setting.dtype).removeprefix('torch.')}"
+    if why := _dtype_refusal(setting):
+        return why
     # Widths with a backward pass: cuDNN up to 128 (pytorch#130494; 256 from 9.22 on), flash4 on sm_100 up to 128, and 256.
     narrow = name == "cudnn" or (name == "flash4" and capability[0] == 10 and width != 256)
     limit = 128 if narrow else 256
@@ -139,6 +144,12 @@ def refusal(name: str, setting: Setting) -> str | None:
     return None
 
 
+def _dtype_refusal(setting: Setting) -> str | None:
+    if setting.dtype == torch.bfloat16:
+        return None
+    return f"it takes bfloat16, and the model computes in {str(setting.dtype).removeprefix('torch.')}"
+
+
 def preference(setting: Setting) -> tuple[str, ...]:
     """The order in which auto tries: the fastest by published numbers first.
 
@@ -147,7 +158,7 @@ def preference(setting: Setting) -> tuple[str, ...]:
     0.82 times torch's default on A100 (transformers#48163).
     """
     if setting.capability is None:
-        return ("sdpa",)
+        return ("blocks", "sdpa") if setting.cpu and setting.dtype == torch.bfloat16 else ("sdpa",)
     chip = {9: ("flash3", "flash4", "cudnn"), 10: ("cudnn", "flash4")}.get(setting.capability[0], ())
     return (*chip, "flash2", *(("varlen",) if setting.documents else ()), "sdpa")
 
@@ -195,7 +206,7 @@ def choose(
     nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if nvidia else None
     deterministic = torch.are_deterministic_algorithms_enabled()
-    setting = Setting(capability, head_width, dtype, seq_len, documents, deterministic)
+    setting = Setting(capability, head_width, dtype, seq_len, documents, deterministic, cpu=device.type == "cpu")
     chosen, reason = decide(name, setting, missing)
     return Backend(chosen, reason, build(chosen, deterministic))
 
@@ -206,7 +217,7 @@ def build(name: str, deterministic: bool) -> Function:
         return _flash(importlib.import_module(PACKAGES[name][0]), deterministic)
     if name == "flash4":
         return _flash4(deterministic)
-    return {"sdpa": lambda: sdpa, "cudnn": lambda: cudnn, "varlen": _varlen}[name]()
+    return {"sdpa": lambda: sdpa, "blocks": lambda: cpu_attention, "cudnn": lambda: cudnn, "varlen": _varlen}[name]()
 
 
 def sdpa(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, documents_BT: Tensor | None = None) -> Tensor:

@@ -241,6 +241,10 @@ def _bench(arguments: argparse.Namespace) -> int:
             arguments.share,
             arguments.about_text,
         )
+    elif arguments.what == "train":
+        from fastcpt.benchmarks import bench_train
+
+        bench_train.main(output, arguments.model, arguments.rivals_python or sys.executable)
     elif arguments.what == "data":
         from fastcpt.benchmarks import bench_data
 
@@ -263,20 +267,24 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["kernels", "prep", "data", "predictions"],
-        help="kernels: times beside their rivals; on CPU those that have a path of their own; prep: `fastcpt prep` likewise; data: reading; predictions: those of `fastcpt plan --gpu` beside published runs",
+        choices=["kernels", "train", "prep", "data", "predictions"],
+        help="kernels: times beside their rivals; on CPU those that have a path of their own; train: the training step, "
+        "prep: `fastcpt prep`, likewise; data: reading; predictions: those of `fastcpt plan --gpu` beside published runs",
     )
     parser.add_argument(
         "--static", action="store_true", help="instead, without a GPU: registers, spills, access widths, bytes moved"
     )
     parser.add_argument("--output", metavar="FOLDER", help="write the tables there as CSV files")
+    parser.add_argument("--model", action="append", metavar="NAME", help="train: only this model; may be repeated")
     prep = parser.add_argument_group("prep")
     prep.add_argument("--tokenizer", metavar="T", help="tokenizer.json, its folder, or hub-id[@revision]")
     prep.add_argument("--text", metavar="FOLDER", help="text files of any kind (default: those of this Python)")
     prep.add_argument("--about-text", metavar="WORDS", help="what that text is, for the record")
     prep.add_argument("--megabytes", type=float, default=1000, metavar="MB", help="of text (default: 1000)")
     prep.add_argument("--share", type=float, default=1.0, metavar="F", help="of it for the slow rivals (default: 1)")
-    prep.add_argument("--rivals-python", metavar="FILE", help="an interpreter that has the rivals (default: this one)")
+    prep.add_argument(
+        "--rivals-python", metavar="FILE", help="an interpreter that has the rivals, of train too (default: this one)"
+    )
     prep.add_argument(
         "--work", default="bench-prep", metavar="DIR", help="corpus, and what is done (default: bench-prep)"
     )

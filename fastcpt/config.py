@@ -142,7 +142,7 @@ class Train:
     """auto: our Triton kernels on a GPU, torch on CPU."""
     loss: Literal["auto", "full", "blocks"] = "auto"
     """blocks: never more than a block of the logits in memory, slower on a GPU. auto: blocks on CPU, full on a GPU."""
-    attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen"] = "auto"
+    attention: Literal["auto", "sdpa", "blocks", "cudnn", "flash2", "flash3", "flash4", "varlen"] = "auto"
     """auto: the fastest that is installed and fits the GPU; sdpa on CPU."""
     skip_spikes: float = 0.0
     """Skip steps whose loss or gradient norm is so many standard deviations above the last 128 steps' mean; 0: none."""

@@ -91,6 +91,7 @@ def test_the_log_says_what_was_missing() -> None:
         "not cudnn: it takes head widths that are multiples of 8 up to 128 on sm_90, and this model's is 256"
     )
     assert decide("auto", replace(H100, capability=None), installed(*KERNELS)) == ("sdpa", "sdpa")
+    assert decide("auto", replace(H100, capability=None, cpu=True), installed("blocks"))[0] == "blocks"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,12 @@ def test_the_log_says_what_was_missing() -> None:
         ("cudnn", replace(H100, seq_len=2000), "data.seq_len 2000 is no multiple of 128"),
         ("cudnn", replace(H100, deterministic=True), "it is not deterministic"),
         ("varlen", H100, "it is for documents, and data.document_mask is off"),
+        ("blocks", H100, "it is for CPUs"),
+        (
+            "blocks",
+            replace(H100, capability=None, cpu=True, dtype=torch.float32),
+            "it takes bfloat16, and the model computes in float32",
+        ),
     ],
 )
 def test_what_is_asked_for_and_cannot_run_is_an_error(name: str, setting: Setting, why: str) -> None:
@@ -130,7 +137,7 @@ def test_what_is_asked_for_and_not_installed_is_an_error(name: str) -> None:
 
 
 def test_a_name_that_nothing_has() -> None:
-    with pytest.raises(UserError, match="'flash5' is unknown; it is one of auto, sdpa, cudnn, flash2"):
+    with pytest.raises(UserError, match="'flash5' is unknown; it is one of auto, sdpa, blocks, cudnn"):
         decide("flash5", H100, installed(*KERNELS))
 
 
@@ -139,7 +146,10 @@ def test_the_choice_on_this_cpu(name: str) -> None:
     if name in ("auto", "sdpa"):
         backend = choose(name, CPU, 20, torch.float32, 16, documents=True)
         assert (backend.name, backend.function) == ("sdpa", module.sdpa)
-    else:
+    if name in ("auto", "blocks"):
+        backend = choose(name, CPU, 20, torch.bfloat16, 16, documents=True)
+        assert (backend.name, backend.function) == ("blocks", module.cpu_attention)
+    elif name != "sdpa":
         with pytest.raises(UserError, match=f"train.attention is {name}, but it needs an NVIDIA GPU; use auto"):
             choose(name, CPU, 64, torch.bfloat16, 2048, documents=True)
 
@@ -349,19 +359,37 @@ def some_tokens(rows: int, length: int, rate: int = 5) -> np.ndarray:
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("length, heads, width", [(1, 1, 8), (2, 3, 20), (37, 3, 64), (67, 2, 80), (130, 1, 128)])
-def test_sdpa_against_float64(
-    length: int, heads: int, width: int, dtype: torch.dtype, documents: bool, check_budget: Callable[..., float]
-) -> None:
+@pytest.mark.parametrize(
+    "name, dtype", [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("blocks", torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize(
+    "length, heads, width", [(1, 1, 8), (2, 3, 20), (37, 3, 64), (67, 2, 80), (130, 1, 128), (300, 2, 24)]
+)
+def test_on_a_cpu_against_float64(
+    name: str, length: int, heads: int, width: int, dtype: torch.dtype, documents: bool,
+    check_budget: Callable[..., float],
+) -> None:  # fmt: skip
     tokens = some_tokens(2, length)
     visible = visible_pairs(tokens, documents)
     given = inputs(tokens, heads, width, dtype, CPU)
-    attend = choose("auto", CPU, width, dtype, length, documents)
+    attend = choose(name, CPU, width, dtype, length, documents)
     chosen = attend.documents(tokens, EOD, CPU) if documents else None
     ours = results(lambda q, k, v: attend(q, k, v, chosen), *given)
     plain = results(lambda q, k, v: written_out(q, k, v, visible), *given)
-    check_numbers(check_budget, f"attention sdpa {str(dtype)[6:]}", ours, plain, given, visible)
+    check_numbers(check_budget, f"attention {name} {str(dtype)[6:]}", ours, plain, given, visible)
+
+
+def test_the_operator_of_blocks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = torch.randn(4, 2, 2, 140, 8, generator=generator).to(torch.bfloat16).unbind()
+    documents = torch.from_numpy(document_ids(some_tokens(2, 140), EOD))
+    for given in (None, documents):
+        operator = torch.ops.fastcpt.cpu_attention.default
+        torch.library.opcheck(operator, tuple(x.clone().requires_grad_() for x in (q, k, v)) + (given,))
+        _, kept = operator(q, k, v, given)
+        assert len(kept) == 4 * (128 * 128 + 12 * 140)  # rows meet the positions up to their block's end alone
+        torch.library.opcheck(torch.ops.fastcpt.cpu_attention_backward.default, (dy, q, k, v, kept))
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
 # --------------------------------------------------------------------------- stand-ins for kernels that need a GPU
@@ -556,13 +584,16 @@ class Layer(nn.Module):
         return self.attend(q, k, v, documents).flatten(-2).sin()
 
 
-def check_compiled(attend: Backend, documents: bool, compiler: str = "aot_eager") -> None:
+def check_compiled(
+    attend: Backend, documents: bool, compiler: str = "aot_eager", dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-5,
+) -> None:  # fmt: skip
     """One graph, forward and backward, with the numbers of eager; a graph more for another number of documents."""
     torch._dynamo.reset()
     layer = Layer(attend)
     compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=compiler)
     for tokens in (some_tokens(2, 16), some_tokens(2, 16, rate=40)):
-        given = torch.cat(inputs(tokens, 2, 8, torch.float32, CPU)[:3], dim=-1)
+        given = torch.cat(inputs(tokens, 2, 8, dtype, CPU)[:3], dim=-1)
         chosen = attend.documents(tokens, EOD, CPU) if documents else None
         numbers = []
         for forward in (layer, compiled):
@@ -570,7 +601,7 @@ def check_compiled(attend: Backend, documents: bool, compiler: str = "aot_eager"
             y = forward(qkv, chosen)
             numbers.append([y, *torch.autograd.grad(y.sum(), (qkv, layer.scale))])
         for ours, expected in zip(*numbers):
-            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_packed_backends_compile_without_a_break(packed_backend: Backend) -> None:
@@ -584,6 +615,11 @@ def test_sdpa_and_flash4_compile_to_code(documents: bool, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, PACKAGES["flash4"][0], flash4_stand_in())
     for backend in ("sdpa", "flash4"):
         check_compiled(Backend(backend, "", build(backend, deterministic=True)), documents, "inductor")
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_blocks_compile_without_a_break(documents: bool) -> None:
+    check_compiled(Backend("blocks", "", build("blocks", True)), documents, dtype=torch.bfloat16, tolerance=2.0**-6)
 
 
 def test_few_shapes_are_compiled(packed_backend: Backend) -> None:

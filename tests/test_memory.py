@@ -213,7 +213,7 @@ def test_what_a_process_takes_in_each_layout(
         "data": {"train": [{"name": "a", "path": str(tmp_path / "a"), "weight": 1}], "seq_len": 64},
         "train": {
             "tokens": 4 * 2 * 4 * 64 * size, "batch_tokens": 2 * 4 * 64 * size, "micro_batch": 4, "compile": False,
-            "precision": precision, "recompute": recompute, "loss": "full", "parallel": kind,
+            "precision": precision, "recompute": recompute, "loss": "full", "parallel": kind, "attention": "sdpa",
         },
         "optim": {"lr": 1e-3}, "run": {"output": str(tmp_path / "run"), "tensorboard": False},
     }))  # fmt: skip
