@@ -5,12 +5,15 @@ from dataclasses import replace
 
 from fastcpt import metrics
 from fastcpt.config import Config
+from fastcpt.cpu_attention import probabilities
 from fastcpt.kernels.linear_cross_entropy import CPU_ROWS, GPU_ROWS
 from fastcpt.model import Architecture
 from fastcpt.parallel import World
 
 
-def block_bytes(arch: Architecture, seq_len: int, bf16: bool, document_mask: bool, kernels: bool) -> int:
+def block_bytes(
+    arch: Architecture, seq_len: int, bf16: bool, document_mask: bool, kernels: bool, attention_blocks: bool = False
+) -> float:
     """Bytes a token that autograd keeps of an eager forward pass of one block of `model.py`, without its casts.
 
     It keeps, a token, with D the width, M the MLP's, H heads, T tokens a sequence, e bytes of the compute dtype:
@@ -23,26 +26,31 @@ def block_bytes(arch: Architecture, seq_len: int, bf16: bool, document_mask: boo
       e T        the document mask, made additive
     With kernels, norms keep the residual stream in the compute dtype and one mean and deviation of both norms if they
     have one input, q and k are rotated in place, and there is no document mask.
+    With attention in blocks (`cpu_attention.py`) q, k and v are kept apart, without the packed product, and of each head
+    the probabilities, in place of its log-sum-exp and the mask.
     """
     size, width = 2 if bf16 else 4, arch.width
     inputs = 1 if arch.parallel_residual and (kernels or not bf16) else 2
     norm = size if kernels else 4
-    products = 2 + 3 + (2 if arch.rotary_width and not kernels else 0) + 1
+    products = 2 + 3 + (2 if arch.rotary_width and not kernels and not attention_blocks else 0) + 1
     layer = norm * width * inputs + (8 * inputs if kernels else 16)
-    layer += size * width * products + 4 * arch.heads + 2 * size * arch.mlp_width
-    return layer + (size * seq_len if document_mask and not kernels else 0)
+    layer += size * width * products + 2 * size * arch.mlp_width
+    if attention_blocks:
+        return layer + size * arch.heads * probabilities(seq_len) / seq_len
+    return layer + 4 * arch.heads + (size * seq_len if document_mask and not kernels else 0)
 
 
 def saved_bytes(
-    arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool, kernels: bool, loss_blocks: bool
-) -> int:
+    arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool, kernels: bool, loss_blocks: bool,
+    attention_blocks: bool = False,
+) -> int:  # fmt: skip
     """Bytes that autograd keeps of an eager forward pass of `model.py`: those of the loss and the casts left out.
 
     Of each block `block_bytes`. Once: `last_bytes` and ids (8) a token; cosines and sines (T, R) fp32.
     """
-    layer = block_bytes(arch, seq_len, bf16, document_mask, kernels)
+    layer = block_bytes(arch, seq_len, bf16, document_mask, kernels, attention_blocks)
     last = last_bytes(arch, bf16, kernels, loss_blocks)
-    return sequences * seq_len * (arch.layers * layer + last + 8) + 2 * 4 * seq_len * arch.rotary_width
+    return round(sequences * seq_len * (arch.layers * layer + last + 8)) + 2 * 4 * seq_len * arch.rotary_width
 
 
 def last_bytes(arch: Architecture, bf16: bool, kernels: bool, loss_blocks: bool) -> int:
@@ -54,8 +62,9 @@ def last_bytes(arch: Architecture, bf16: bool, kernels: bool, loss_blocks: bool)
 
 
 def recomputed_bytes(
-    arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool, kernels: bool
-) -> int:
+    arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool, kernels: bool,
+    attention_blocks: bool = False,
+) -> int:  # fmt: skip
     """Bytes that the backward pass of one recomputed block takes beside what was kept of the forward pass.
 
     What it keeps (`block_bytes`), but for its input where that is what a norm keeps; the gradient that comes in (e D)
@@ -63,14 +72,15 @@ def recomputed_bytes(
     has gone.
     """
     size, tokens, matrix = 2 if bf16 else 4, sequences * seq_len, arch.width * arch.mlp_width
-    layer = block_bytes(arch, seq_len, bf16, document_mask, kernels)
+    layer = block_bytes(arch, seq_len, bf16, document_mask, kernels, attention_blocks)
     layer += size * (arch.width + arch.mlp_width) - (size * arch.width if kernels or not bf16 else 0)
-    return tokens * layer + max(size * matrix, (6 if bf16 else 4) * matrix - size * tokens * arch.mlp_width)
+    return round(tokens * layer) + max(size * matrix, (6 if bf16 else 4) * matrix - size * tokens * arch.mlp_width)
 
 
 def parts(
     arch: Architecture, sequences: int, seq_len: int, bf16: bool, document_mask: bool, kernels: bool = False,
     loss_blocks: bool = False, moments: int = 4, shards: int = 1, recompute: bool = False, ddp: bool = False,
+    attention_blocks: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of one process by part, at the moment of a step that needs most; their sum is the total.
 
@@ -122,11 +132,11 @@ def parts(
     end = moment(0, 0, 0, 0, size * outer + (size + 4) * outer)
     if recompute:
         inputs = tokens * (arch.layers * size * arch.width + 8) + 2 * 4 * seq_len * arch.rotary_width
-        again = recomputed_bytes(arch, sequences, seq_len, bf16, document_mask, kernels)
+        again = recomputed_bytes(arch, sequences, seq_len, bf16, document_mask, kernels, attention_blocks)
         loss = moment(loss_head, inputs + tokens * last, logits, 0, whole)
         backward = moment(matrices, inputs, 0, again, reduced)
     else:
-        activations = saved_bytes(arch, sequences, seq_len, bf16, document_mask, kernels, loss_blocks)
+        activations = saved_bytes(arch, sequences, seq_len, bf16, document_mask, kernels, loss_blocks, attention_blocks)
         loss = moment(arch.layers * matrices + loss_head, activations, logits, 0, whole)
         backward = moment(arch.layers * matrices, activations - tokens * last, 0, 0, reduced)
     return {
@@ -155,6 +165,7 @@ def of(config: Config, arch: Architecture, world: World, shards: int, recompute:
         arch, min(train.micro_batch, share), config.data.seq_len, train.precision == "bf16", config.data.document_mask,
         uses_kernels(config, world), uses_blocks(config, world), 2 if config.optim.moments == "bf16" else 4, shards, recompute,
         ddp=shards == 1 and world.size > 1 and not train.deterministic,
+        attention_blocks=world.device.type == "cpu" and train.precision == "bf16" and train.attention in ("auto", "blocks"),
     )  # fmt: skip
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastcpt import memory, parallel
-from fastcpt.attention import document_ids
+from fastcpt.attention import Backend, document_ids
 from fastcpt.config import Optim
+from fastcpt.cpu_attention import cpu_attention
 from fastcpt.execution import Execution
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.optim import AdamW
@@ -65,6 +66,20 @@ def test_activations_are_what_autograd_saves(
     head = dtype.itemsize * SEQUENCES * SEQ_LEN * arch.width + 4 * arch.vocab_size * arch.width
     loss = head if blocks else parts["logits"] // 3 + 4  # cross-entropy keeps the number that it divides by
     assert saved(model, inputs(arch, torch.device("cpu"), mask)) == parts["activations"] + parts["casts"] + loss
+
+
+@pytest.mark.parametrize("rotary", [0.0, 0.5])
+@pytest.mark.parametrize("seq_len", [13, 140])
+def test_activations_with_attention_in_blocks(rotary: float, seq_len: int) -> None:
+    """Of 128 rows: 13 are one block, 140 two."""
+    arch = small(rotary=rotary)
+    execution = Execution(torch.bfloat16, attention=Backend("blocks", "", cpu_attention))
+    model = GPTNeoX(arch, execution)
+    model.initialise_()
+    tokens, targets = torch.randint(0, arch.vocab_size, (2, SEQUENCES, seq_len)).unbind()
+    parts = memory.parts(arch, SEQUENCES, seq_len, True, False, attention_blocks=True)
+    found = saved(model, (tokens.clone(), targets.clone()))
+    assert found == parts["activations"] + parts["casts"] + parts["logits"] // 3 + 4
 
 
 @pytest.mark.parametrize("bf16", [False, True])
