@@ -201,7 +201,7 @@ def turns(ours: Worker, rival: Worker, tokens: int, device: torch.device) -> lis
     for _ in range(PAIRS):
         rates = [tokens / statistics.median(w.ask(steps=counts[w])["ms"]) * 1000 for w in (ours, rival)]
         found.append((*rates, matmul_rate(device)))
-    return found  # type: ignore[return-value]
+    return found
 
 
 def row(

@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,6 +135,21 @@ def data_table() -> str:
     return "\n".join(out)
 
 
+def predictions_table() -> str:
+    """Predicted speeds beside published ones: of each source and device how many rows, and their errors."""
+    rows = _rows("predictions.csv")
+    out = ["| | | rows that fit | rows that test | their errors | median, without sign |", "|---|---|---|---|---|---|"]
+    groups = {key: key for key in ((row["source"], row["device"]) for row in rows)} | {("all", ""): None}
+    for (source, device), key in groups.items():
+        own = [row for row in rows if key in (None, (row["source"], row["device"]))]
+        errors = [float(row["error"]) for row in own if row["used_for"] == "test"]
+        if errors:
+            span = f"{min(errors):+.0%} to {max(errors):+.0%}" if len(errors) > 1 else f"{errors[0]:+.0%}"
+            median = f"{statistics.median(map(abs, errors)):.0%}"
+            out.append(f"| {source} | {device} | {len(own) - len(errors)} | {len(errors)} | {span} | {median} |")
+    return "\n".join(out)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "log": log_lines,
@@ -144,6 +160,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "traffic": traffic_table,
     "kernels_cpu": kernels_cpu_table,
     "prep": prep_table,
+    "predictions": predictions_table,
 }
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 Step = Callable[[int], float]  # the number of a batch -> the mean loss of its step
-OPTIM = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
+OPTIM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
 # Of a profile: operators whose own time counts, and those that count with all that they call.
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 ATTENTION = ("scaled_dot_product", "cpu_attention")
@@ -41,7 +41,6 @@ def ours(folder: Path, job: dict[str, Any], device: torch.device) -> Step:
 
     batches = np.load(folder / "batches.npy").astype(np.uint16)
     _, batch, length = batches.shape
-    optim = {name: value for name, value in OPTIM.items()}
     state = train.setup(
         config.Config(
             model=config.Model(),
@@ -53,7 +52,7 @@ def ours(folder: Path, job: dict[str, Any], device: torch.device) -> Step:
                 tokens=config.Count(100_000 * batch * (length - 1)), batch_tokens=config.Count(batch * (length - 1)),
                 micro_batch=job["micro_batch"],
             ),
-            optim=config.Optim(**optim),
+            optim=config.Optim(**OPTIM),
             schedule=config.Schedule(kind="constant", warmup=0),
             run=config.Run(output=str(folder / "run"), tensorboard=False),
         )
@@ -68,9 +67,8 @@ def _training(
     device = next(model.parameters()).device
     batches = torch.from_numpy(np.load(folder / "batches.npy"))
     parameters = list(model.parameters())
-    decay = float(OPTIM["weight_decay"])  # type: ignore[arg-type]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": OPTIM["weight_decay"]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, **{name: OPTIM[name] for name in ("lr", "betas", "eps")}, fused=True)
@@ -83,7 +81,7 @@ def _training(
                 loss = loss_of(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / len(parts)
             loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(parameters, float(OPTIM["clip"]))  # type: ignore[arg-type]
+        torch.nn.utils.clip_grad_norm_(parameters, OPTIM["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return total.item()
@@ -97,7 +95,9 @@ def transformers(
 ) -> Step:  # fmt: skip
     from transformers import GPTNeoXForCausalLM
 
-    model = GPTNeoXForCausalLM.from_pretrained(folder / "model", attn_implementation=attention, dtype=torch.float32)
+    model: Any = GPTNeoXForCausalLM.from_pretrained(
+        folder / "model", attn_implementation=attention, dtype=torch.float32
+    )
     model.config.use_cache = False
     model.to(device).train()
     if liger:
@@ -144,7 +144,7 @@ def litgpt(folder: Path, job: dict[str, Any], device: torch.device, compiled: bo
         padded_vocab_size=shape["vocab_size"], intermediate_size=shape["intermediate_size"], rotary_percentage=0.25,
         parallel_residual=True, bias=True, norm_class_name="LayerNorm", mlp_class_name="GptNeoxMLP",
     )  # fmt: skip
-    model, weights = GPT(config), {}
+    model, weights = GPT(config), dict[str, Tensor]()
     copy_weights_gpt_neox(config, weights, load_file(folder / "model" / "model.safetensors"))
     model.load_state_dict(weights)
     model.to(device)

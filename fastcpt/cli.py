@@ -250,6 +250,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         from fastcpt.benchmarks import bench_data
 
         bench_data.main(output)
+    elif arguments.what == "predictions":
+        from fastcpt.benchmarks import predictions
+
+        predictions.main(output)
     elif arguments.static:
         from fastcpt.benchmarks import static
 
@@ -264,9 +268,9 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["kernels", "train", "prep", "data"],
+        choices=["kernels", "train", "prep", "data", "predictions"],
         help="kernels: times beside their rivals; on CPU those that have a path of their own; train: the training step, "
-        "prep: `fastcpt prep`, likewise; data: reading",
+        "prep: `fastcpt prep`, likewise; data: reading; predictions: those of `fastcpt plan --gpu` beside published runs",
     )
     parser.add_argument(
         "--static", action="store_true", help="instead, without a GPU: registers, spills, access widths, bytes moved"
@@ -333,8 +337,12 @@ def configured_help(command: str) -> str:
             "", "Started again with the same run.output, a run goes on from its newest checkpoint.",
         ),
         "plan": (
-            "usage: fastcpt plan --config FILE [--processes N] [--per-machine M] [--memory GIB] [--section.field VALUE ...]",
-            "", "Tokens, steps, epochs, memory, checkpoints, the learning-rate curve, warnings. Nothing is written.",
+            "usage: fastcpt plan --config FILE [--gpus N] [--per-machine M] [--memory GIB] [--gpu NAME [--price P]]",
+            "                    [--section.field VALUE ...]",
+            "       fastcpt plan --table", "",
+            "Tokens, steps, epochs, memory, checkpoints, the learning-rate curve, warnings. Nothing is written.",
+            "With --gpu a100-40, a100, h100, h200 or b200 also tokens/s, hours and GPU-hours; --price is of a GPU-hour.",
+            "--table: tokens/s of every Pythia on 1, 8, 64 and 512 of each.",
         ),
     }[command]  # fmt: skip
     return "\n".join((

@@ -133,6 +133,8 @@ class Train:
     """auto: ddp where a whole copy fits each process, else hsdp or fsdp: parameters, gradients and moments in shards."""
     deterministic: bool = False
     """Sums in a fixed order: the same bits with 1, 2 or 4 processes, in any layout; slower."""
+    recompute: Literal["auto", "none", "blocks"] = "auto"
+    """blocks: activations are computed twice and not kept, a third more compute. auto: where memory demands it."""
     compile: bool = True
     """Use torch.compile."""
     precision: Literal["bf16", "fp32"] = "bf16"

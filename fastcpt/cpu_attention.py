@@ -28,7 +28,7 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + ROWS, length)) for start in range(0, length, ROWS))
 
 
-def _probabilities(length: int) -> int:
+def probabilities(length: int) -> int:
     """How many a head has."""
     return sum((stop - start) * stop for start, stop in _blocks(length))
 
@@ -37,7 +37,7 @@ def _probabilities(length: int) -> int:
 def _onednn() -> Iterator[None]:
     """fp32 products by oneDNN and not by MKL, which has half the rate on AMD's chips. It may then multiply in bf16, which
     loses nothing of factors that are bf16 already."""
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -52,7 +52,7 @@ def _forward(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, documents_BT: Tenso
     batch, _, length, width = q_BHTC.shape
     q_MTC, k_MTC, v_MTC = (x.flatten(0, 1) for x in (q_BHTC, k_BHTC, v_BHTC))
     y_MTC, heads = torch.empty_like(v_MTC), len(q_MTC)
-    kept = q_MTC.new_empty(heads * _probabilities(length))
+    kept = q_MTC.new_empty(heads * probabilities(length))
     q32_MTC, k32_MCT = q_MTC.float(), k_MTC.float().transpose(1, 2)
     future_RR = torch.full((ROWS, ROWS), -math.inf).triu_(1)
     scores, used = torch.empty(heads * ROWS * length), 0
@@ -98,7 +98,7 @@ def _backward(
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(v), q.new_empty(q.shape[0] * q.shape[1] * _probabilities(q.shape[2]))
+    return torch.empty_like(v), q.new_empty(q.shape[0] * q.shape[1] * probabilities(q.shape[2]))
 
 
 @_backward.register_fake

@@ -17,11 +17,13 @@ class Execution:
     dtype: of activations and matrix products, torch.float32 or torch.bfloat16.
     kernels: our Triton kernels for norms, rotary embedding, GELU, the loss and AdamW.
     loss_blocks: the head's product and the loss in blocks of rows (`kernels/linear_cross_entropy.py`).
+    recompute: a block keeps its input alone, and computes the rest again in the backward pass.
     """
 
     dtype: torch.dtype = torch.float32
     kernels: bool = False
     loss_blocks: bool = False
+    recompute: bool = False
     attention: Backend = Backend("sdpa", "not chosen", sdpa)  # noqa: RUF009
 
     def __str__(self) -> str:
@@ -48,4 +50,5 @@ class Execution:
                 "loss-needs-kernels",
                 "train.loss is blocks, which needs Triton kernels on a GPU; use train.kernels: auto",
             )
-        return cls(dtype, kernels, loss_blocks, choose(train.attention, device, head_width, dtype, seq_len, documents))
+        attention = choose(train.attention, device, head_width, dtype, seq_len, documents)
+        return cls(dtype, kernels, loss_blocks, attention=attention)

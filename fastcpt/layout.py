@@ -12,7 +12,8 @@ plain local tensors in every layout (`Layout.locals`).
 
 import contextlib
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastcpt import UserError, memory
-from fastcpt.config import Config
+from fastcpt.config import Config, Train
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import World
 from fastcpt.trees import tree_sum
@@ -45,14 +46,15 @@ def device_memory(device: torch.device, processes: int) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
 
 
-def choose(setting: str, size: int, machine: int, needed: dict[int, int], memory: int) -> tuple[Kind, str]:
-    """What `train.parallel` comes to with `size` processes, `machine` of them on each machine, and why.
+def choose(
+    train: Train, size: int, machine: int, needed: Callable[[int, bool], int], memory: int
+) -> tuple[Kind, bool, str]:
+    """(what `train.parallel` comes to, whether blocks are recomputed, why), of `size` processes, `machine` on each machine.
 
-    needed: {processes that share one copy: bytes that each needs} for 1, `machine` and `size`; memory: bytes that each
-    has. Raises UserError for what is asked for by name and cannot be.
+    needed(processes that share one copy, recomputed): bytes that each needs; memory: bytes that each has. Shards are
+    tried before recomputation, which costs more. Raises UserError for what is asked for by name and cannot be.
     """
-    if size == 1:
-        return "single", "one process"
+    setting = train.parallel if size > 1 else "single"
     if setting == "hsdp" and machine == size:
         raise UserError(
             "hsdp-one-machine", "train.parallel is hsdp, but all processes are on one machine; use fsdp or auto"
@@ -62,14 +64,26 @@ def choose(setting: str, size: int, machine: int, needed: dict[int, int], memory
             "hsdp-uneven-machines",
             f"train.parallel is hsdp, but {size} processes are not {machine} on every machine; use fsdp",
         )
-    if setting != "auto":
-        return setting, "as train.parallel says"  # type: ignore[return-value]
-    gib = {shards: f"{bytes_ / 2**30:.1f} of {memory / 2**30:.1f} GiB" for shards, bytes_ in needed.items()}
-    if needed[1] <= ROOM * memory:
-        return "ddp", f"a whole copy needs {gib[1]}"
-    if machine < size and size % machine == 0 and needed[machine] <= ROOM * memory:
-        return "hsdp", f"a whole copy would need {gib[1]}, one in {machine} shards needs {gib[machine]}"
-    return "fsdp", f"a whole copy would need {gib[1]}, one in {size} shards needs {gib[size]}"
+    shards: dict[Kind, int] = {"single": 1, "ddp": 1, "hsdp": machine, "fsdp": size}
+    kinds: list[Kind] = ["ddp", *(["hsdp"] if machine < size and size % machine == 0 else []), "fsdp"]  # type: ignore[list-item]
+    ways = {"none": (False,), "blocks": (True,), "auto": (False, True)}[train.recompute]
+    tried = [(kind, way) for way in ways for kind in (kinds if setting == "auto" else [setting])]
+    fitting = [(kind, way) for kind, way in tried if needed(shards[kind], way) <= ROOM * memory]
+    kind, recompute = (fitting or tried[-1:])[0]
+
+    def gib(shards: int, way: bool) -> str:
+        return f"{needed(shards, way) / 2**30:.1f} of {memory / 2**30:.1f} GiB"
+
+    first, own = gib(1, ways[0]), gib(shards[kind], recompute)
+    why = "one process" if size == 1 else "as train.parallel says"
+    if setting == "auto":
+        why = f"a whole copy needs {own}"
+        if kind != "ddp":
+            why = f"a whole copy would need {first}, one in {shards[kind]} shards needs {own}"
+    if recompute:
+        cause = f"keeping all would need {gib(shards[kind], False)}, this {own}"
+        why += f"; blocks are recomputed: {cause if len(ways) > 1 else 'as train.recompute says'}"
+    return kind, recompute, why if fitting else f"{why}; that does not fit: lower train.micro_batch"
 
 
 class _TreeReduceScatter:
@@ -89,16 +103,18 @@ class _TreeReduceScatter:
 
 @dataclass(frozen=True)
 class Layout:
-    """mesh: the processes of fsdp, (shard,), or of hsdp, (replicate, shard). tree: sums in a fixed order."""
+    """mesh: the processes of fsdp, (shard,), or of hsdp, (replicate, shard). tree: sums in a fixed order. recompute: see
+    `Execution`."""
 
     kind: Kind
     why: str
     world: World
     mesh: DeviceMesh | None = None
     tree: bool = False
+    recompute: bool = False
 
     @classmethod
-    def make(cls, kind: Kind, why: str, world: World, tree: bool) -> "Layout":
+    def make(cls, kind: Kind, why: str, world: World, tree: bool, recompute: bool = False) -> "Layout":
         """Raises UserError where sums in a fixed order are not to be had."""
         mesh, machine = None, local_size(world.size)
         if kind == "fsdp":
@@ -111,14 +127,14 @@ class Layout:
                 "deterministic-processes",
                 f"train.deterministic takes a power of two of processes, and of hsdp two machines; there are {world.size}",
             )
-        return cls(kind, why, world, mesh, tree)
+        return cls(kind, why, world, mesh, tree, recompute)
 
     @classmethod
     def of(cls, config: Config, arch: Architecture, world: World) -> "Layout":
         """How a run is spread over processes. Raises UserError for what cannot be."""
         train, machine = config.train, local_size(world.size)
-        needed = {shards: sum(memory.of(config, arch, world, shards).values()) for shards in {1, machine, world.size}}
-        kind, why = choose(train.parallel, world.size, machine, needed, device_memory(world.device, machine))
+        room = device_memory(world.device, machine)
+        kind, recompute, why = choose(train, world.size, machine, memory.needed(config, arch, world), room)
         if train.deterministic:
             sequences = train.batch_tokens // config.data.seq_len
             if sequences % (world.size * train.micro_batch):
@@ -132,7 +148,7 @@ class Layout:
                     "deterministic-moments",
                     "train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random",
                 )
-        return cls.make(kind, why, world, train.deterministic)
+        return cls.make(kind, why, world, train.deterministic, recompute)
 
     @property
     def sharded(self) -> bool:
@@ -159,6 +175,7 @@ class Layout:
         fixed order any number of processes compiles block by block, and shards are gathered in fp32: norms, which are not
         cast, would else be computed with rounded weights.
         """
+        model.execution = replace(model.execution, recompute=self.recompute)
         if compile_:
             torch._dynamo.config.recompile_limit = 64  # beyond it a graph that must be whole is an error
             if self.kind == "single" and not self.tree:

@@ -26,8 +26,8 @@ from fastcpt.shards import ShardSet, tokenizer_fingerprint
 # What may differ when a run goes on: where and how it runs and reports, not what it computes. Sets are compared by
 # their content, not by their paths.
 FREE = (
-    "run.", "data.reader", "train.micro_batch", "train.parallel", "train.deterministic", "train.compile", "train.kernels", "train.loss",
-    "train.attention",
+    "run.", "data.reader", "train.micro_batch", "train.parallel", "train.deterministic", "train.compile", "train.recompute",
+    "train.kernels", "train.loss", "train.attention",
 )  # fmt: skip
 # Forgetting compares with the start, which was measured on this many tokens.
 NOT_FREE = ("run.eval_tokens",)
@@ -46,8 +46,9 @@ def read_state(found: Path, needed: tuple[str, ...]) -> dict[str, Any]:
     state = checkpoint.read_state(found)
     if missing := [name for name in needed if name not in state]:
         raise UserError(
+            "checkpoint-of-another-version",
             f"{found / checkpoint.STATE}: has no {missing[0]!r}: another version of fastcpt wrote it; go on with that version, "
-            "or export the model there and start from the export (init.from) in a new folder"
+            "or export the model there and start from the export (init.from) in a new folder",
         )
     return state
 

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastcpt import UserError
 from fastcpt.config import Model as ModelConfig
@@ -136,6 +137,14 @@ def norms(
     return function(x_BTD, addends, [(layer.weight, layer.bias) for layer in layers], layers[0].eps)
 
 
+def residual_sum(x_BTD: Tensor, addends: Addends, execution: Execution) -> Tensor:
+    """x plus the addends as `norms` makes it: with kernels rounded once, else after each."""
+    total_BTD = x_BTD.float() if execution.kernels else x_BTD
+    for addend_BTD in addends:
+        total_BTD = total_BTD + addend_BTD
+    return total_BTD.to(x_BTD.dtype)
+
+
 def rotary_table(length: int, arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (T, R) fp32 with the frequencies twice over (arXiv 2104.09864, the rotate-half form)."""
     width = arch.rotary_width
@@ -194,7 +203,28 @@ class Block(nn.Module):
         documents: Tensor | None,
         execution: Execution,
     ) -> tuple[Tensor, Addends]:
-        """x plus the addends is the block's input; the result, in the same form, its output."""
+        """x plus the addends is the block's input; the result, in the same form, its output.
+
+        Recomputed, it hands on the sum, so that one tensor is kept of it, and not three.
+        """
+        if not execution.recompute:
+            return self.compute(x_BTD, addends, rotary, documents, execution)
+
+        def whole(x_BTD: Tensor, *addends: Tensor) -> Tensor:
+            x_BTD, addends = self.compute(x_BTD, addends, rotary, documents, execution)
+            return residual_sum(x_BTD, addends, execution)
+
+        # Nothing in a block is random.
+        return checkpoint(whole, x_BTD, *addends, use_reentrant=False, preserve_rng_state=False), ()
+
+    def compute(
+        self,
+        x_BTD: Tensor,
+        addends: Addends,
+        rotary: tuple[Tensor, Tensor],
+        documents: Tensor | None,
+        execution: Execution,
+    ) -> tuple[Tensor, Addends]:
         first, second = self.input_layernorm, self.post_attention_layernorm
         if self.parallel_residual:
             x_BTD, normed_BTD, other_BTD = norms(x_BTD, addends, (first, second), execution)

@@ -1,6 +1,8 @@
 """What a run will cost, before it starts: work, data, memory, disk, evaluation, the learning rate, and advice.
 
-    fastcpt plan --config FILE [--processes N] [--per-machine M] [--memory GIB] [--section.field VALUE ...]
+    fastcpt plan --config FILE [--gpus N] [--per-machine M] [--memory GIB] [--gpu NAME [--price P]]
+                 [--section.field VALUE ...]
+    fastcpt plan --table            every Pythia on 1, 8, 64 and 512 of each GPU
 
 Formulas alone: no weight is read, no model is built, nothing is written. What `train` would refuse is refused here, by
 the same functions. The arithmetic is pure functions, tested on their values; `render` makes the text.
@@ -17,17 +19,16 @@ from pathlib import Path
 
 import torch
 
-from fastcpt import UserError, checkpoint, hf, layout, lineage, memory, metrics
+from fastcpt import UserError, checkpoint, cost, hf, layout, lineage, memory, metrics, published
 from fastcpt.config import Config, parse
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
 from fastcpt.metrics import short_count
 from fastcpt.parallel import World
-from fastcpt.schedules import Plan
+from fastcpt.schedules import ASCII, BLOCKS, Plan, curve
 
 PER_MACHINE, MEMORY_GIB = 8, 80  # unless they are said: processes of a machine, memory of the device of each
 WIDTH = 100  # columns of the output
-BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .#"  # the fillings of a cell of the curve, from empty to full
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Prepared:
     """A run that could start: what `train.setup` derives from a configuration before it builds a model.
 
     step, samples: done before the run starts or goes on. share: sequences a step of the process that takes the most.
-    machine: processes on each machine. device_bytes: memory of the device of each.
+    machine: processes on each machine. device_bytes: memory of the device of each. gpu: which of `cost.DEVICES` it is, None:
+    not said. price: of a GPU-hour, in any currency.
     """
 
     config: Config
@@ -49,10 +51,36 @@ class Prepared:
     share: int
     machine: int = PER_MACHINE
     device_bytes: int = MEMORY_GIB << 30
+    gpu: str | None = None
+    price: float | None = None
 
     @property
     def last_step(self) -> int:
         return self.plan.first + self.plan.steps
+
+    @property
+    def world(self) -> World:
+        """The processes, on the kind of device that they will have: a GPU if one is named or there is one."""
+        gpu = self.gpu is not None or torch.cuda.is_available()
+        return World(0, self.processes, torch.device("cuda" if gpu else "cpu"))
+
+    @property
+    def spread(self) -> tuple[layout.Kind, bool, str]:
+        """See `layout.choose`."""
+        needed = memory.needed(self.config, self.origin.arch, self.world)
+        return layout.choose(
+            self.config.train, self.processes, min(self.processes, self.machine), needed, self.device_bytes
+        )
+
+    @property
+    def shards(self) -> int:
+        return {"single": 1, "ddp": 1, "hsdp": self.machine, "fsdp": self.processes}[self.spread[0]]
+
+    @property
+    def largest_kept(self) -> int:
+        """See `memory.largest_kept`."""
+        room = layout.ROOM * self.device_bytes
+        return memory.largest_kept(self.config, self.origin.arch, self.world, self.shards, room)
 
     @property
     def tokens(self) -> int:
@@ -70,7 +98,7 @@ def prepare(config: Config, processes: int) -> Prepared:
     if processes == 1 and train.parallel not in ("auto", "single"):
         raise UserError(
             "parallel-alone",
-            f"train.parallel is {train.parallel}, but there is one process; say --processes N, or use auto",
+            f"train.parallel is {train.parallel}, but there is one process; say --gpus N, or use auto",
         )
     if processes > 1 and train.parallel == "single":
         raise UserError("parallel-single", f"train.parallel is single, but there are {processes} processes; use auto")
@@ -168,19 +196,6 @@ def disk(prepared: Prepared) -> Disk:
     return Disk(saved, 4 * parameters + tokenizer + 120 * tensors, written, len(there) + more, more * saved, free)
 
 
-def curve(plan: Plan, width: int = 60, height: int = 10, glyphs: str = BLOCKS) -> list[str]:
-    """Lines of `width` cells, the top first: bars from 0 to the plan's peak.
-
-    Column c stands for the step first + 1 + round(c (steps - 1) / (width - 1)). A bar's length, in parts of a cell
-    (`glyphs` has one for each), is rounded up: no rate above 0 is drawn as nothing.
-    """
-    parts, rows = len(glyphs) - 1, reversed(range(height))
-    unit = plan.peak / (height * parts) or 1.0  # a branch of a run that ended at 0 has nothing else
-    steps = [plan.first + 1 + round(column * (plan.steps - 1) / (width - 1)) for column in range(width)]
-    bars = [math.ceil(plan.rate(step) / unit - 1e-9) for step in steps]
-    return ["".join(glyphs[min(parts, max(0, bar - row * parts))] for bar in bars) for row in rows]
-
-
 def advice(prepared: Prepared) -> list[str]:
     """What deserves a second look, with the paper that says so. Nothing of it is refused."""
     config, plan, kind, space = prepared.config, prepared.plan, prepared.origin.kind, disk(prepared)
@@ -209,6 +224,8 @@ def advice(prepared: Prepared) -> list[str]:
     if micro < prepared.share and 0 < (rest := prepared.share % micro) < micro / 2:
         even = -(-prepared.share // -(-prepared.share // micro))
         lines.append(f"a step's last micro-batch is {rest} sequences of up to {micro}; as many would do with {even}")
+    if config.train.recompute == "auto" and prepared.spread[1] and (fewer := prepared.largest_kept):
+        lines.append(f"blocks are recomputed, which takes time; with train.micro_batch {fewer} they need not be")
     if (share := evaluations(prepared)[2]) > 0.1:
         lines.append(f"evaluation adds {share:.0%} of compute; raise run.eval_every or lower run.eval_tokens")
     if space.needed > space.free:
@@ -279,40 +296,34 @@ def _data(prepared: Prepared) -> list[str]:
 
 
 def _memory(prepared: Prepared) -> list[str]:
-    """For this machine's kind of device: Triton kernels where there is a GPU, or where the configuration asks."""
-    config, train, moments = prepared.config, prepared.config.train, prepared.config.optim.moments
-    sequences, bf16 = min(train.micro_batch, prepared.share), train.precision == "bf16"
-    processes, machine = prepared.processes, min(prepared.processes, prepared.machine)
-    world = World(0, processes, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    needed = {
-        shards: memory.of(config, prepared.origin.arch, world, shards) for shards in sorted({1, machine, processes})
-    }
-    totals = {shards: sum(parts.values()) for shards, parts in needed.items()}
-    kind, why = layout.choose(train.parallel, processes, machine, totals, prepared.device_bytes)
-    shards = {"single": 1, "ddp": 1, "hsdp": machine, "fsdp": processes}[kind]
-    kernels = train.kernels == "triton" or (train.kernels == "auto" and torch.cuda.is_available())
-    logits = (
-        f"{'bf16' if bf16 else 'fp32'} x vocabulary a token"
-        if kernels
-        else "softmax and its gradients, 3 x fp32 x vocabulary a token"
-    )
-    blocks = train.loss == "blocks" or (train.loss == "auto" and not torch.cuda.is_available() and not kernels)
-    each = f"a parameter{f', in {shards} shards' if shards > 1 else ''}"
-    notes = {
-        "weights": f"fp32, 4 bytes {each}",
-        "gradients": f"fp32, 4 bytes {each}{'; the buckets of DDP are these' if shards == 1 else ''}",
-        "moments": f"{moments}, 2 x {2 if moments == 'bf16' else 4} bytes {each}",
-        "gathered": "two blocks, the embeddings and a gradient, whole",
-        "casts": "bf16 copies of the matrices",
-        "activations": f"kept for the backward pass of {sequences} x {config.data.seq_len:,} tokens",
-        "logits": "a block of them, and the gradients of the head" if blocks else logits,
-        "total": "in eager mode; compiled takes less",
-    }
-    rows = [*needed[shards].items(), ("total", totals[shards])]
+    """Of a GPU where one is named or there is one: with Triton kernels. Else as on this machine."""
+    config, world, (kind, recompute, why) = prepared.config, prepared.world, prepared.spread
+    parts = memory.of(config, prepared.origin.arch, world, prepared.shards, recompute)
+    notes = memory.notes(config, world, prepared.shards, recompute, min(config.train.micro_batch, prepared.share))
+    rows = [*parts.items(), ("total", sum(parts.values()))]
     shown = [f"  {name:<12} {size(value):>12}   {notes[name]}" for name, value in rows if value]
-    where = "Triton kernels" if kernels else "torch kernels; --train.kernels triton says it for a GPU"
-    head = [] if processes == 1 else [_fold("layout", f"{kind}: {why}")]
-    return [*head, f"memory of a process, {train.precision}, {where}", *shown]
+    where = "Triton kernels" if memory.uses_kernels(config, world) else "torch kernels; --gpu says it for a GPU"
+    return [_fold("layout", f"{kind}: {why}"), f"memory of a process, {config.train.precision}, {where}", *shown]
+
+
+def _speed(prepared: Prepared) -> list[str]:
+    """Of the GPU that was named, by the model of `cost.py`."""
+    config, train = prepared.config, prepared.config.train
+    if prepared.gpu is None:
+        return []
+    if train.precision != "bf16":
+        return [_fold("speed", "not predicted: the model of it knows train.precision: bf16 alone")]
+    kind, recompute, _ = prepared.spread
+    job = cost.Job(
+        prepared.origin.arch, cost.DEVICES[prepared.gpu], config.data.seq_len, min(train.micro_batch, prepared.share),
+        train.batch_tokens / prepared.processes, prepared.processes, min(prepared.machine, prepared.processes), kind,
+        float(recompute), cost.OURS if config.optim.moments == "fp32" else cost.OURS_BF16_MOMENTS,
+    )  # fmt: skip
+    rows = cost.describe(job, prepared.gpu, prepared.tokens, evaluations(prepared)[2], prepared.price)
+    basis = (
+        "a model (fastcpt/cost.py) of compiled training with Triton kernels; this project measured none of it on a GPU"
+    )
+    return [_fold(label, text) for label, text in (rows | {"basis": f"{basis}; {published.summary()}"}).items()]
 
 
 def _results(prepared: Prepared) -> list[str]:
@@ -345,30 +356,52 @@ def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
         sentence, *entry = text.split("\n")
         warnings += [_fold("warning", sentence), *(f"{'':<15}{line}" for line in entry)]
     parts = (
-        _work(prepared), _data(prepared), _memory(prepared), _results(prepared), _rates(prepared, glyphs), warnings
+        _work(prepared), _data(prepared), _memory(prepared), _speed(prepared), _results(prepared),
+        _rates(prepared, glyphs), warnings,
     )  # fmt: skip
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the plan of `--config FILE [--processes N] [--per-machine M] [--memory GIB] [--section.field VALUE ...]`.
-    Raises UserError."""
+    """Prints the plan of `--config FILE [--gpus N] [--per-machine M] [--memory GIB] [--gpu NAME [--price P]]
+    [--section.field VALUE ...]`, or `--table`. Raises UserError."""
     parser = argparse.ArgumentParser("fastcpt plan", add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--processes", default=os.environ.get("WORLD_SIZE", "1"))
+    parser.add_argument("--gpus", default=os.environ.get("WORLD_SIZE", "1"))
     parser.add_argument("--per-machine", default=str(PER_MACHINE))
-    parser.add_argument("--memory", default=str(MEMORY_GIB))
+    parser.add_argument("--memory")
+    parser.add_argument("--gpu")
+    parser.add_argument("--price")
+    parser.add_argument("--table", action="store_true")
     try:
         known, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UserError("options-wrong", f"{error}; `fastcpt plan --help` says what there is") from None
-    for name in ("processes", "per_machine", "memory"):
+    if known.table:
+        print("\n".join(cost.table()))
+        return 0
+    for name in ("gpus", "per_machine", "memory"):
         value = getattr(known, name)
-        if not (value.isascii() and value.isdigit() and int(value) >= 1):
+        if value is not None and not (value.isascii() and value.isdigit() and int(value) >= 1):
             raise UserError(
                 "option-out-of-range", f"--{name.replace('_', '-')} {value!r}: write a whole number, from 1 on"
             )
+    if known.gpu is not None and known.gpu not in cost.DEVICES:
+        raise UserError("gpu-unknown", f"--gpu {known.gpu!r} is unknown; known are {', '.join(cost.DEVICES)}")
+    price = None
+    if known.price is not None:
+        try:
+            price = float(known.price)
+        except ValueError:
+            price = -1.0
+        if known.gpu is None or not 0 < price < math.inf:
+            raise UserError(
+                "price-invalid",
+                f"--price {known.price!r}: write the price of a GPU-hour, a number above 0, and --gpu NAME",
+            )
+    room = int(cost.DEVICES[known.gpu].memory) if known.gpu else MEMORY_GIB << 30
     prepared = replace(
-        prepare(parse(rest), int(known.processes)), machine=int(known.per_machine), device_bytes=int(known.memory) << 30
-    )
+        prepare(parse(rest), int(known.gpus)), machine=int(known.per_machine), gpu=known.gpu, price=price,
+        device_bytes=int(known.memory) << 30 if known.memory else room,
+    )  # fmt: skip
     print(render(prepared, BLOCKS if (sys.stdout.encoding or "").lower().startswith("utf") else ASCII))
     return 0

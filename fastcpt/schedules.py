@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from fastcpt import UserError
 
+BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .#"  # the fillings of a cell of the curve, from empty to full
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,3 +48,16 @@ class Plan:
 def warmup_steps(warmup: float, steps: int) -> int:
     """Below 1 a fraction of the steps, rounded up; from 1 on a number of steps."""
     return math.ceil(warmup * steps - 1e-9) if warmup < 1 else int(warmup)
+
+
+def curve(plan: Plan, width: int = 60, height: int = 10, glyphs: str = BLOCKS) -> list[str]:
+    """Lines of `width` cells, the top first: bars from 0 to the plan's peak.
+
+    Column c stands for the step first + 1 + round(c (steps - 1) / (width - 1)). A bar's length, in parts of a cell
+    (`glyphs` has one for each), is rounded up: no rate above 0 is drawn as nothing.
+    """
+    parts, rows = len(glyphs) - 1, reversed(range(height))
+    unit = plan.peak / (height * parts) or 1.0  # a branch of a run that ended at 0 has nothing else
+    steps = [plan.first + 1 + round(column * (plan.steps - 1) / (width - 1)) for column in range(width)]
+    bars = [math.ceil(plan.rate(step) / unit - 1e-9) for step in steps]
+    return ["".join(glyphs[min(parts, max(0, bar - row * parts))] for bar in bars) for row in rows]

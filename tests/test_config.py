@@ -175,6 +175,7 @@ OVERRIDES: dict[str, tuple[str, Any]] = {
     "train.seed": ("7", 7),
     "train.parallel": ("ddp", "ddp"),
     "train.deterministic": ("true", True),
+    "train.recompute": ("blocks", "blocks"),
     "train.compile": ("false", False),
     "train.precision": ("fp32", "fp32"),
     "train.kernels": ("torch", "torch"),
@@ -396,8 +397,8 @@ init.from init.optimizer init.branch init.force
 data.train data.train[].name data.train[].path data.train[].weight data.train[].replay
 data.val data.val[].name data.val[].path data.val[].role
 data.seq_len data.document_mask data.reader
-train.tokens train.batch_tokens train.micro_batch train.seed train.parallel train.deterministic train.compile train.precision
-train.kernels train.loss train.attention train.skip_spikes
+train.tokens train.batch_tokens train.micro_batch train.seed train.parallel train.deterministic train.recompute train.compile
+train.precision train.kernels train.loss train.attention train.skip_spikes
 optim.lr optim.betas optim.eps optim.weight_decay optim.clip optim.moments
 schedule.kind schedule.warmup schedule.min_lr_ratio
 run.output run.log_every run.eval_every run.eval_tokens run.save_every run.keep run.keep_every run.tensorboard run.wandb

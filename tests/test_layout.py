@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fastcpt import UserError, layout, memory, metrics, parallel, trees
+from fastcpt.config import Count, Train
 from fastcpt.model import PRESETS
 
 STEPS = 3
@@ -253,7 +255,36 @@ def test_a_tree_over_processes_then_own_addends_is_the_whole_tree(size: int) -> 
         assert float(tree.sums[0]) == float(trees.tree_sum(values))
 
 
+def test_recomputed_blocks_give_the_same_bits(trained: Callable) -> None:
+    """In eager mode, in fp32: what is computed again is what was computed before."""
+    for size, kind in ((1, "single"), (2, "fsdp")):
+        ((kept, *_), tensors), ((again, *_), others) = (
+            trained(size, size, parallel=kind, recompute=recompute, precision="fp32")
+            for recompute in ("none", "blocks")
+        )
+        assert "recomputed" in again["why"] and "recomputed" not in kept["why"]
+        assert (again["kind"], again["losses"], again["norms"]) == (kind, kept["losses"], kept["norms"])
+        assert all(torch.equal(a, b) for x, y in zip(tensors, others, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_recomputed_blocks_compile_in_shards(trained: Callable) -> None:
+    """Block by block; a compiler may sum in another order."""
+    (kept, *_), (again, *_) = (
+        trained(2, 2, parallel="fsdp", compile=recompute == "blocks", recompute=recompute)[0]
+        for recompute in ("none", "blocks")
+    )
+    assert "recomputed" in again["why"]
+    assert np.allclose(again["losses"], kept["losses"], rtol=1e-5, atol=0)
+    assert np.allclose(again["norms"], kept["norms"], rtol=1e-5, atol=0)
+
+
 GIB = 2**30
+TRAIN_SETTINGS = Train(tokens=Count(1), batch_tokens=Count(1))
+
+
+def needs(gib: dict[int, int], recomputed: int = 0) -> Callable[[int, bool], int]:
+    """needed() of `layout.choose` out of {shards: GiB}; recomputation saves `recomputed` GiB."""
+    return lambda shards, recompute: (gib[shards] - recomputed * recompute) * GIB
 
 
 @pytest.mark.parametrize(
@@ -270,10 +301,12 @@ GIB = 2**30
     ],
 )
 def test_the_choice(setting: str, size: int, machine: int, needed: dict[int, int], expected: str) -> None:
-    kind, why = layout.choose(setting, size, machine, {n: g * GIB for n, g in needed.items()}, 80 * GIB)
-    assert kind == expected
+    train = replace(TRAIN_SETTINGS, parallel=setting)
+    kind, recompute, why = layout.choose(train, size, machine, needs(needed), 80 * GIB)
+    assert kind == expected and ("does not fit" in why) == (needed[1 if kind in ("single", "ddp") else size] > 72)
+    assert recompute == ("does not fit" in why)  # it was the last thing to try
     if setting == "auto" and size > 1:
-        assert f"{needed[1]}.0 of 80.0 GiB" in why
+        assert "does not fit" in why or f"{needed[1]}.0 of 80.0 GiB" in why
 
 
 @pytest.mark.parametrize(
@@ -281,7 +314,36 @@ def test_the_choice(setting: str, size: int, machine: int, needed: dict[int, int
 )
 def test_hsdp_that_cannot_be_is_refused(size: int, machine: int, text: str) -> None:
     with pytest.raises(UserError, match=text):
-        layout.choose("hsdp", size, machine, dict.fromkeys((1, machine, size), GIB), 80 * GIB)
+        train = replace(TRAIN_SETTINGS, parallel="hsdp")
+        layout.choose(train, size, machine, needs(dict.fromkeys((1, machine, size), 1)), 80 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "parallel", "size", "machine", "needed", "expected"),
+    [
+        ("auto", "auto", 1, 1, {1: 70}, ("single", False)),
+        ("auto", "auto", 1, 1, {1: 75}, ("single", True)),
+        ("none", "auto", 1, 1, {1: 75}, ("single", False)),
+        ("blocks", "auto", 1, 1, {1: 1}, ("single", True)),
+        ("auto", "auto", 8, 8, {1: 75, 8: 60}, ("fsdp", False)),  # shards first
+        ("auto", "auto", 8, 8, {1: 80, 8: 75}, ("ddp", True)),
+        ("auto", "auto", 8, 8, {1: 90, 8: 80}, ("fsdp", True)),
+        ("auto", "ddp", 8, 8, {1: 80, 8: 10}, ("ddp", True)),
+        ("blocks", "auto", 8, 8, {1: 90, 8: 80}, ("fsdp", True)),
+        ("auto", "auto", 16, 8, {1: 90, 8: 75, 16: 73}, ("hsdp", True)),
+    ],
+)
+def test_the_choice_of_recomputation(
+    recompute: str, parallel: str, size: int, machine: int, needed: dict[int, int], expected: tuple[str, bool]
+) -> None:
+    """Recomputation saves 10 GiB here, and 72 of 80 may be used."""
+    train = replace(TRAIN_SETTINGS, recompute=recompute, parallel=parallel)
+    kind, again, why = layout.choose(train, size, machine, needs(needed, 10), 80 * GIB)
+    assert (kind, again) == expected and ("recomputed" in why) == again
+    shards = {"single": 1, "ddp": 1, "hsdp": machine, "fsdp": size}[kind]
+    if again and recompute == "auto":
+        assert f"{needed[shards]}.0 of 80.0 GiB, this {needed[shards] - 10}.0 of" in why
+    assert ("does not fit" in why) == (needed[shards] - 10 * again > 72)
 
 
 def test_a_fixed_order_takes_whole_micro_batches(trained: Callable) -> None:
@@ -292,9 +354,20 @@ def test_a_fixed_order_takes_whole_micro_batches(trained: Callable) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_pythia_fits_eight_gpus_of_80_gb(name: str) -> None:
-    """By the formulas: a sequence of 2,048 tokens at a time, Triton kernels, bf16."""
-    sizes = {n: sum(memory.parts(PRESETS[name], 1, 2048, True, False, True, False, 4, n).values()) for n in (1, 8)}
-    kind, _ = layout.choose("auto", 8, 8, sizes, int(80e9))
-    assert sizes[8 if kind == "fsdp" else 1] < layout.ROOM * 80e9
-    assert (kind == "ddp") == (16 * metrics.parameter_count(PRESETS[name]) < 60e9)
+@pytest.mark.parametrize("sequences", [1, 32])
+def test_every_pythia_fits_eight_gpus_of_80_gb(name: str, sequences: int) -> None:
+    """By the formulas: sequences of 2,048 tokens, Triton kernels, bf16. One at a time needs no recomputation."""
+    arch = PRESETS[name]
+
+    def needed(shards: int, recompute: bool) -> int:
+        parts = memory.parts(
+            arch, sequences, 2048, True, False, True, False, 4, shards, recompute=recompute, ddp=shards == 1
+        )
+        return sum(parts.values())
+
+    kind, recompute, why = layout.choose(TRAIN_SETTINGS, 8, 8, needed, int(80e9))
+    assert needed(8 if kind == "fsdp" else 1, recompute) <= layout.ROOM * 80e9 and "not fit" not in why
+    if sequences == 1:
+        assert not recompute and (kind == "ddp") == (20 * metrics.parameter_count(arch) < 60e9)
+    else:
+        assert recompute == (metrics.parameter_count(arch) > 1e9)

@@ -119,6 +119,7 @@ FREE_CHANGES = {
     "micro-batch": {"train": {"micro_batch": 1}},
     "parallel": {"train": {"parallel": "ddp"}},
     "compile": {"train": {"compile": True}},
+    "recompute": {"train": {"recompute": "blocks"}},
     "execution": {"train": {"kernels": "torch", "loss": "full", "attention": "sdpa"}},
     "reader": {"data": {"reader": "pread"}},
     "path": {"data": {"train": [entry("a", path="moved/a")]}},

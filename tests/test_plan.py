@@ -14,7 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from fastcpt import UserError, checkpoint, config, evaluation, hf, lineage, memory, metrics, plan, train
+from fastcpt import (
+    UserError,
+    checkpoint,
+    config,
+    cost,
+    evaluation,
+    hf,
+    lineage,
+    memory,
+    metrics,
+    plan,
+    published,
+    train,
+)
 from fastcpt.config import Config, Count, Source, ValidationSet
 from fastcpt.model import PRESETS, Architecture, GPTNeoX
 from fastcpt.schedules import Plan
@@ -309,11 +322,11 @@ def test_what_train_refuses_is_refused_alike(
 def test_the_launch(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "6 sequences, fewer than 7 processes" in refusal(plan.prepare, make_config(), 7)
     assert "single" in refusal(plan.prepare, make_config(train={"parallel": "single"}), 2)
-    assert "--processes N" in refusal(plan.prepare, make_config(train={"parallel": "ddp"}), 1)
+    assert "--gpus N" in refusal(plan.prepare, make_config(train={"parallel": "ddp"}), 1)
     assert plan.prepare(make_config(train={"parallel": "ddp"}), 4).share == 2  # sequences 0, 1 and 1, 3 ...
     monkeypatch.setenv("WORLD_SIZE", "2")
     for bad in ("0", "-1", "two", "", "1.5", "²"):
-        assert "--processes" in refusal(plan.main, ["--processes", bad])
+        assert "--gpus" in refusal(plan.main, ["--gpus", bad])
 
 
 def test_a_forced_rise_warns_as_train_does(make_config: Any, finished: Path, capsys: Any) -> None:
@@ -385,6 +398,55 @@ def test_advice_on_sizes(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert "9.77 KiB are free" in advised(make_config())
 
 
+# Speed
+
+
+def test_speed_is_predicted_for_a_named_gpu_alone(make_config: Any) -> None:
+    config = make_config(train=steps(500) | {"precision": "bf16"}, run={"eval_every": 100})
+    prepared = plan.prepare(config, 2)
+    assert not any(line.startswith(("speed", "time", "basis")) for line in plan.render(prepared).split("\n"))
+    named = replace(prepared, gpu="h100", price=2.5)
+    text = " ".join(plan.render(named).split())
+    arch, tokens = prepared.origin.arch, BATCH * SEQ_LEN / 2
+    kind, recompute, _ = named.spread
+    assert (kind, recompute) == ("ddp", False)
+    job = cost.Job(arch, cost.DEVICES["h100"], SEQ_LEN, 3, tokens, 2, 2, "ddp")
+    hours = prepared.tokens * (1 + plan.evaluations(prepared)[2]) / cost.tokens_per_second(job) / 3600
+    assert f"{cost.tokens_per_second(job):,.0f} each; MFU {cost.mfu(job):.1%} with attention counted as full" in text
+    assert f"{hours:,.1f} GPU-hours; {2.5 * hours:,.2f} at 2.5 a GPU-hour" in text
+    assert "measured none of it on a GPU" in text and published.summary() in text
+    assert "GPU-hour" not in plan.render(replace(prepared, gpu=None))
+    fp32 = plan.prepare(make_config(train={"precision": "fp32"}), 2)
+    assert "not predicted" in plan.render(replace(fp32, gpu="h100"))
+
+
+def test_the_options_of_a_gpu(capsys: Any) -> None:
+    assert "known are a100-40, a100, h100, h200, b200" in refusal(plan.main, ["--gpu", "h300"])
+    for price in ("0", "-1", "two", "nan", "inf"):
+        assert "--price" in refusal(plan.main, ["--gpu", "h100", "--price", price])
+    assert "--gpu NAME" in refusal(plan.main, ["--price", "2"])
+    assert plan.main(["--table"]) == 0
+    assert capsys.readouterr().out.split("\n")[:-1] == cost.table()
+
+
+def test_recomputation_is_planned(make_config: Any) -> None:
+    """Of as much memory as two sequences at a time need, or three: the smaller micro-batch is advised."""
+    base = make_config(train={"micro_batch": 6, "recompute": "auto"}, model={"width": 48, "layers": 6})
+    prepared = plan.prepare(base, 1)
+
+    def needed(sequences: int, recompute: bool) -> int:
+        train = replace(base.train, micro_batch=sequences)
+        return sum(memory.of(replace(base, train=train), prepared.origin.arch, prepared.world, 1, recompute).values())
+
+    assert needed(6, True) < needed(4, False)
+    room = replace(prepared, device_bytes=int((needed(4, False) + 1) / 0.9))
+    assert room.spread[:2] == ("single", True)
+    text = " ".join(plan.render(room).split())
+    assert "layout single: one process; blocks are recomputed: keeping all would need" in text
+    assert "with train.micro_batch 4 they need not be" in text and "inputs of blocks" in text
+    assert "recomputed" not in plan.render(prepared)
+
+
 # The whole
 
 
@@ -440,7 +502,7 @@ run: {{output: {tmp_path}/run}}
     lines = plan.render(prepared).split("\n")
     assert time.perf_counter() - started < 5  # 0.05 s
     assert len(lines) <= 60 and max(map(len, lines)) <= 100
-    assert plan.main(["--config", "run.yaml", "--processes=8"]) == 0
+    assert plan.main(["--config", "run.yaml", "--gpus=8"]) == 0
     assert capsys.readouterr().out.split("\n")[:20] == lines[:20]
     assert sorted((str(path), path.lstat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
     assert (prepared.last_step, prepared.share, prepared.plan.warmup) == (110_571, 138, 1_106)
