@@ -122,6 +122,24 @@ def prep_table() -> str:
     return "\n".join([*out, "", f"{rows[0]['text']}."])
 
 
+def train_table() -> str:
+    """The training step beside its rivals', a model after the other."""
+    rows = _rows("train.csv")
+    out = [
+        f"| {rows[0]['device']}, torch {rows[0]['torch']} | | tokens/s | ours to it | of matmul, full / causal | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row["implementation"] == "fastcpt"
+        share = f"{float(row['mfu_full']):.0f}% / {float(row['mfu_causal']):.0f}%"
+        ratio = "" if ours else f"{float(row['ratio_to_ours']):.2f}x"
+        out.append(
+            f"| {row['case']} | {row['implementation']} | {float(row['tokens_per_s']):,.0f} | {ratio} | {share} "
+            f"| {float(row['peak_mb']):,.0f} |"
+        )
+    return "\n".join(out)
+
+
 def data_table() -> str:
     """What reading costs, of the larger batches alone."""
     rows = _rows("data.csv")

@@ -144,7 +144,7 @@ class Train:
     loss: Literal["auto", "full", "blocks"] = "auto"
     """blocks: never more than a block of the logits in memory, slower on a GPU. auto: blocks on CPU, full on a GPU."""
     attention: Literal["auto", "sdpa", "blocks", "cudnn", "flash2", "flash3", "flash4", "varlen"] = "auto"
-    """auto: the fastest that is installed and fits the GPU; sdpa on CPU."""
+    """auto: the fastest that is installed and fits the GPU; on CPU blocks in bf16, else sdpa."""
     skip_spikes: float = 0.0
     """Skip steps whose loss or gradient norm is so many standard deviations above the last 128 steps' mean; 0: none."""
 
