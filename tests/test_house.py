@@ -76,7 +76,11 @@ def test_imports_go_one_way(module: str) -> None:
         assert used == {"fastcpt.config", "fastcpt.execution", "fastcpt.loss", "fastcpt.parallel"} | kernels
     if module == "fastcpt.data":
         assert used == {"fastcpt.shards"}
-    if module.startswith("fastcpt.") and module not in ("fastcpt.cli", "fastcpt.demo", "fastcpt.benchmarks.train_rivals"):
+    if module.startswith("fastcpt.") and module not in (
+        "fastcpt.cli",
+        "fastcpt.demo",
+        "fastcpt.benchmarks.train_rivals",
+    ):
         assert "fastcpt.train" not in used
         assert module.startswith("fastcpt.benchmarks") or "fastcpt.benchmarks" not in used
     if module == "fastcpt.train":
