@@ -25,7 +25,7 @@ from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
 from fastcpt.metrics import short_count
 from fastcpt.parallel import World
-from fastcpt.schedules import ASCII, BLOCKS, Plan, curve
+from fastcpt.schedules import ASCII, BLOCKS, Plan, drawing
 
 PER_MACHINE, MEMORY_GIB = 8, 80  # unless they are said: processes of a machine, memory of the device of each
 WIDTH = 100  # columns of the output
@@ -337,18 +337,6 @@ def _results(prepared: Prepared) -> list[str]:
     return [_fold(label, text) for label, text in rows.items()]
 
 
-def _rates(prepared: Prepared, glyphs: str) -> list[str]:
-    plan, drawn = prepared.plan, curve(prepared.plan, glyphs=glyphs)
-    labels = [f"{plan.peak:.2e}", *[""] * (len(drawn) - 2), "0"]
-    left, right = f"step {plan.first + 1:,}", f"{prepared.last_step:,}: {plan.rate(prepared.last_step):.2e}"
-    return [
-        f"learning rate, {plan.kind}",
-        *(f"{label:>13} |{line.rstrip()}" for label, line in zip(labels, drawn)),
-        f"{'':<14}+{'-' * len(drawn[0])}",
-        f"{'':<15}{left}{right:>{len(drawn[0]) - len(left)}}",
-    ]
-
-
 def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
     """The plan as text of at most WIDTH columns, an entry to be copied apart, and about 60 lines."""
     warnings = []
@@ -357,7 +345,7 @@ def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
         warnings += [_fold("warning", sentence), *(f"{'':<15}{line}" for line in entry)]
     parts = (
         _work(prepared), _data(prepared), _memory(prepared), _speed(prepared), _results(prepared),
-        _rates(prepared, glyphs), warnings,
+        [*drawing(prepared.plan, glyphs), _fold("", prepared.plan.describe())], warnings,
     )  # fmt: skip
     return "\n\n".join("\n".join(part) for part in parts if part)
 

@@ -205,12 +205,11 @@ def describe(state: State) -> str:
     note = " (no bf16 instructions here)" if (train.precision, precision) == ("bf16", "float32") else ""
     where = {"scratch": "new weights", "resume": f"step {state.step}"}.get(state.origin.kind, config.init.from_)
     how = "compiled" if train.compile else "eager"
-    end = plan.rate(state.last_step)
     return (
         f"{state.origin.kind}: {where}; {metrics.parameter_count(arch):,} parameters, {flops / 1e9:.3g} GFLOP a token\n"
         f"{plan.steps:,} steps of {train.batch_tokens:,} tokens: {world.size} x {micro_batches} micro-batches of up to "
         f"{train.micro_batch} x {seq_len}\n"
-        f"learning rate: {plan.warmup:,} steps of warm-up to {plan.peak:.3g}, then {plan.kind}, {end:.3g} at the end\n"
+        f"learning rate, {plan.kind}: {plan.describe()}\n"
         f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
         f"{state.layout.kind}: {state.layout.why}\n"
         f"writes to {config.run.output}"
