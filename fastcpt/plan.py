@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fastcpt import UserError, checkpoint, cost, hf, layout, lineage, memory, metrics, published
+from fastcpt import UserError, checkpoint, cost, guidance, hf, layout, lineage, memory, metrics, published
 from fastcpt.config import Config, parse
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -89,7 +89,7 @@ class Prepared:
 
     @property
     def fresh_moments(self) -> bool:
-        return not self.origin.keeps_position and self.config.init.optimizer == "reset"
+        return guidance.fresh_moments(self.config, self.origin)
 
 
 def prepare(config: Config, processes: int) -> Prepared:
@@ -199,7 +199,7 @@ def disk(prepared: Prepared) -> Disk:
 def advice(prepared: Prepared) -> list[str]:
     """What deserves a second look, with the paper that says so. Nothing of it is refused."""
     config, plan, kind, space = prepared.config, prepared.plan, prepared.origin.kind, disk(prepared)
-    roles, micro, end = {named.role for named in prepared.validation}, config.train.micro_batch, prepared.last_step
+    roles, micro = {named.role for named in prepared.validation}, config.train.micro_batch
     lines = ["nothing is evaluated: data.val is empty"] if kind == "scratch" and not roles else []
     if kind != "scratch":
         for role, what in (("upstream", "forgetting"), ("downstream", "adaptation")):
@@ -209,11 +209,7 @@ def advice(prepared: Prepared) -> list[str]:
         shifts = any(sets[source.name].fingerprint not in known for source in config.data.train)
         if "upstream" in roles and shifts and not any(source.replay for source in config.data.train):
             lines.append(_replay(config))
-    if prepared.fresh_moments and plan.warmup == 0:
-        lines.append("schedule.warmup is 0 and Adam starts afresh: expect a spike of the loss (arXiv 2308.04014)")
-    if plan.rate(end) > 0.2 * plan.peak:
-        decay = "a model for use wants a decay, here or in a branch (arXiv 2308.04014)"
-        lines.append(f"the rate ends at {plan.rate(end):.2e}, above a fifth of its peak: {decay}")
+    lines += guidance.schedule(config, prepared.origin, plan)
     few, many = "up to about 4 epochs cost little", "beyond 4 epochs it is worth little; take more text or less weight"
     for low, high, what in ((1, 4, few), (4, math.inf, many)):
         repeated = ", ".join(f"{use.name} {use.epochs:.2f} times" for use in uses(prepared) if low < use.epochs <= high)
