@@ -10,31 +10,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from fastcpt import PASSWORD, UserError
 from fastcpt.imports import without_imports
-
-
-class Count(int):
-    """A number of tokens: 1000, 2_260_992, 250B, 1.5M, 2.5e11."""
-
-    UNITS: ClassVar = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-    @classmethod
-    def parse(cls, text: Any) -> "Count":
-        # Two digits of exponent: a billion of them would be a number that fills the memory.
-        pattern = r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+]?[0-9]{1,2})?)([KMBT]?)"
-        match = re.fullmatch(pattern, str(text).strip(), re.IGNORECASE)
-        if match is None:
-            raise ValueError(f"{text!r} is not a number of tokens; write it as 250B, 2.5e11 or 2_260_992")
-        # Exact: as floats, 1.005 * 10**6 is not whole.
-        value = Fraction(match[1].replace("_", "")) * cls.UNITS[match[2].upper()]
-        if value.denominator != 1:
-            raise ValueError(f"{text!r} is not a whole number of tokens")
-        return cls(value.numerator)
+from fastcpt.units import Count, is_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,16 +148,26 @@ class Optim:
     """Dtype of Adam's moments; bf16 ones take half the memory and are rounded stochastically."""
 
 
+Kind = Literal[
+    "constant", "cosine", "cosine_clipped", "linear", "inverse_sqrt",
+    "wsd", "wsd_linear", "wsd_cosine", "wsd_exponential", "infinite", "infinite_inverse_sqrt", "decay_only", "anneal",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The learning rate over the steps of the run."""
 
-    kind: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up."""
-    warmup: float = 0.01
-    """Linear warm-up: below 1 a fraction of the steps, from 1 on a number of steps."""
+    kind: Kind = "cosine"
+    """After the warm-up: one shape to the end; wsd and infinite: constant, then a decay; decay_only and anneal: in a branch."""
+    warmup: float | str = 0.01
+    """Linear warm-up: below 1 a fraction of the steps, from 1 on a number of steps, as text (2B) tokens."""
+    cooldown: float | str | None = None
+    """Of infinite: how long the rate falls from the peak to half-way between peak and end; 0.6 unless given."""
+    decay: float | str | None = None
+    """Of wsd and infinite: how long the last decay takes; wsd 0.1, infinite 0.14 unless given. Between, it is constant."""
     min_lr_ratio: float = 0.1
-    """Where the cosine ends, relative to the peak."""
+    """Where the rate ends, relative to the peak (of a branch: to its checkpoint's rate)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +259,12 @@ def check(config: Config) -> None:
     require(optim.clip > 0, f"optim.clip {optim.clip} must be above 0; a large number clips nothing")
     require(optim.eps > 0, f"optim.eps {optim.eps} must be above 0")
     require(0 <= optim.weight_decay < math.inf, f"optim.weight_decay {optim.weight_decay} is not a number from 0 on")
-    good = 0 <= schedule.warmup < 1 or (schedule.warmup >= 1 and schedule.warmup % 1 == 0)
-    require(good, f"schedule.warmup {schedule.warmup} is neither a fraction below 1 nor a whole number of steps")
+    for name in ("warmup", "cooldown", "decay"):
+        length = getattr(schedule, name)
+        wrong = (
+            f"schedule.{name} {length} is neither a fraction below 1, a whole number of steps, nor tokens such as 2B"
+        )
+        require(length is None or is_length(length), wrong)
     require(0 <= schedule.min_lr_ratio <= 1, f"schedule.min_lr_ratio {schedule.min_lr_ratio} is not from 0 to 1")
     if config.init.branch:
         for good, message, id in (

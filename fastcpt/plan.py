@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from fastcpt import UserError, checkpoint, cost, hf, layout, lineage, memory, metrics, published
+from fastcpt import UserError, checkpoint, cost, guidance, hf, layout, lineage, memory, metrics, published
 from fastcpt.config import Config, parse
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
 from fastcpt.metrics import short_count
 from fastcpt.parallel import World
-from fastcpt.schedules import ASCII, BLOCKS, Plan, curve
+from fastcpt.schedules import ASCII, BLOCKS, Plan, drawing
 
 PER_MACHINE, MEMORY_GIB = 8, 80  # unless they are said: processes of a machine, memory of the device of each
 WIDTH = 100  # columns of the output
@@ -89,7 +89,7 @@ class Prepared:
 
     @property
     def fresh_moments(self) -> bool:
-        return not self.origin.keeps_position and self.config.init.optimizer == "reset"
+        return guidance.fresh_moments(self.config, self.origin)
 
 
 def prepare(config: Config, processes: int) -> Prepared:
@@ -199,7 +199,7 @@ def disk(prepared: Prepared) -> Disk:
 def advice(prepared: Prepared) -> list[str]:
     """What deserves a second look, with the paper that says so. Nothing of it is refused."""
     config, plan, kind, space = prepared.config, prepared.plan, prepared.origin.kind, disk(prepared)
-    roles, micro, end = {named.role for named in prepared.validation}, config.train.micro_batch, prepared.last_step
+    roles, micro = {named.role for named in prepared.validation}, config.train.micro_batch
     lines = ["nothing is evaluated: data.val is empty"] if kind == "scratch" and not roles else []
     if kind != "scratch":
         for role, what in (("upstream", "forgetting"), ("downstream", "adaptation")):
@@ -209,11 +209,7 @@ def advice(prepared: Prepared) -> list[str]:
         shifts = any(sets[source.name].fingerprint not in known for source in config.data.train)
         if "upstream" in roles and shifts and not any(source.replay for source in config.data.train):
             lines.append(_replay(config))
-    if prepared.fresh_moments and plan.warmup == 0:
-        lines.append("schedule.warmup is 0 and Adam starts afresh: expect a spike of the loss (arXiv 2308.04014)")
-    if plan.rate(end) > 0.2 * plan.peak:
-        decay = "a model for use wants a decay, here or in a branch (arXiv 2308.04014)"
-        lines.append(f"the rate ends at {plan.rate(end):.2e}, above a fifth of its peak: {decay}")
+    lines += guidance.schedule(config, prepared.origin, plan)
     few, many = "up to about 4 epochs cost little", "beyond 4 epochs it is worth little; take more text or less weight"
     for low, high, what in ((1, 4, few), (4, math.inf, many)):
         repeated = ", ".join(f"{use.name} {use.epochs:.2f} times" for use in uses(prepared) if low < use.epochs <= high)
@@ -337,18 +333,6 @@ def _results(prepared: Prepared) -> list[str]:
     return [_fold(label, text) for label, text in rows.items()]
 
 
-def _rates(prepared: Prepared, glyphs: str) -> list[str]:
-    plan, drawn = prepared.plan, curve(prepared.plan, glyphs=glyphs)
-    labels = [f"{plan.peak:.2e}", *[""] * (len(drawn) - 2), "0"]
-    left, right = f"step {plan.first + 1:,}", f"{prepared.last_step:,}: {plan.rate(prepared.last_step):.2e}"
-    return [
-        f"learning rate, {plan.kind}",
-        *(f"{label:>13} |{line.rstrip()}" for label, line in zip(labels, drawn)),
-        f"{'':<14}+{'-' * len(drawn[0])}",
-        f"{'':<15}{left}{right:>{len(drawn[0]) - len(left)}}",
-    ]
-
-
 def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
     """The plan as text of at most WIDTH columns, an entry to be copied apart, and about 60 lines."""
     warnings = []
@@ -357,7 +341,7 @@ def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
         warnings += [_fold("warning", sentence), *(f"{'':<15}{line}" for line in entry)]
     parts = (
         _work(prepared), _data(prepared), _memory(prepared), _speed(prepared), _results(prepared),
-        _rates(prepared, glyphs), warnings,
+        [*drawing(prepared.plan, glyphs), _fold("", prepared.plan.describe())], warnings,
     )  # fmt: skip
     return "\n\n".join("\n".join(part) for part in parts if part)
 

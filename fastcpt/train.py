@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel, replicas, saving
+from fastcpt import UserError, checkpoint, evaluation, guidance, hf, lineage, metrics, parallel, replicas, saving
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
@@ -204,13 +204,12 @@ def describe(state: State) -> str:
     precision = str(state.model.execution.dtype).removeprefix("torch.")
     note = " (no bf16 instructions here)" if (train.precision, precision) == ("bf16", "float32") else ""
     where = {"scratch": "new weights", "resume": f"step {state.step}"}.get(state.origin.kind, config.init.from_)
-    how = "compiled" if train.compile else "eager"
-    end = plan.rate(state.last_step)
+    how, following = "compiled" if train.compile else "eager", min(state.step + 1, state.last_step)
     return (
         f"{state.origin.kind}: {where}; {metrics.parameter_count(arch):,} parameters, {flops / 1e9:.3g} GFLOP a token\n"
         f"{plan.steps:,} steps of {train.batch_tokens:,} tokens: {world.size} x {micro_batches} micro-batches of up to "
         f"{train.micro_batch} x {seq_len}\n"
-        f"learning rate: {plan.warmup:,} steps of warm-up to {plan.peak:.3g}, then {plan.kind}, {end:.3g} at the end\n"
+        f"learning rate, {plan.kind}: {plan.describe()}; {plan.rate(following):.3g} at step {following:,}\n"
         f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
         f"{state.layout.kind}: {state.layout.why}\n"
         f"writes to {config.run.output}"
@@ -243,7 +242,8 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
     loggers = metrics.open_loggers(run, to_dict(config), resumed_at, not state.unevaluated) if first else []
     if first:
         (folder / "config.yaml").write_text(to_yaml(config))
-        print(describe(state), flush=True)
+        advice = guidance.schedule(config, state.origin, state.plan) if resumed_at is None else []
+        print(describe(state), *(f"advice: {text}" for text in advice), sep="\n", flush=True)
 
     console = metrics.Console(state.last_step, config.train.batch_tokens, shown=first)
 
