@@ -11,11 +11,9 @@ plain local tensors in every layout (`Layout.locals`).
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,9 +24,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastcpt import UserError, attention, cpu_attention, memory
+from fastcpt import UserError, compiling, memory
 from fastcpt.config import Config, Train
-from fastcpt.kernels import launch
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import World
 from fastcpt.trees import tree_sum
@@ -87,18 +84,6 @@ def choose(
         cause = f"keeping all would need {gib(shards[kind], False)}, this {own}"
         why += f"; blocks are recomputed: {cause if len(ways) > 1 else 'as train.recompute says'}"
     return kind, recompute, why if fitting else f"{why}; that does not fit: lower train.micro_batch"
-
-
-def keep_compiled() -> None:
-    """Lets a later process take over all that this one compiles, the tracing of the backward pass included.
-
-    torch keys what it keeps by the graph. What an operator of ours, or an autograd.Function, does in the backward pass is
-    not in it, so by default torch keeps no graph with the latter; with the source of both in the key it is safe.
-    """
-    files = [*Path(launch.__file__).parent.glob("*.py"), Path(attention.__file__), Path(cpu_attention.__file__)]
-    source = b"".join(path.read_bytes() for path in sorted(files))
-    torch.compiler.config.cache_key_tag = f"fastcpt {hashlib.sha256(source).hexdigest()}"
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
 class _TreeReduceScatter:
@@ -192,8 +177,7 @@ class Layout:
         """
         model.execution = replace(model.execution, recompute=self.recompute)
         if compile_:
-            torch._dynamo.config.recompile_limit = 64  # beyond it a graph that must be whole is an error
-            keep_compiled()
+            compiling.prepare(self.world.device)
             if self.kind == "single" and not self.tree:
                 model.compile(dynamic=False, fullgraph=True)
             else:

@@ -9,8 +9,8 @@ import torch._functorch.config
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
+from fastcpt.compiling import keep_compiled
 from fastcpt.kernels.linear_cross_entropy import linear_cross_entropy_sum
-from fastcpt.layout import keep_compiled
 
 
 @pytest.fixture
