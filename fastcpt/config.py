@@ -196,6 +196,8 @@ class Run:
     """Seconds without progress after which a run ends, naming the hung process; five times as many where it may compile."""
     check_every: int = 0
     """Steps a comparison of the replicas' weights, beside the one before each checkpoint; 0: no other."""
+    profile: int = 0
+    """The step after which three are profiled, into profile/ of the run's folder; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +230,8 @@ def check(config: Config) -> None:
         ("run.keep", run.keep), ("run.eval_tokens", run.eval_tokens),
     ):  # fmt: skip
         require(value >= 1, f"{name} is {value}; it must be at least 1")
-    require(run.keep_every >= 0, f"run.keep_every is {run.keep_every}; it must be a number of steps, or 0 for none")
+    for name, value in (("run.keep_every", run.keep_every), ("run.profile", run.profile)):
+        require(value >= 0, f"{name} is {value}; it must be a number of steps, or 0 for none")
     require(
         train.batch_tokens >= data.seq_len and train.batch_tokens % data.seq_len == 0,
         f"train.batch_tokens {train.batch_tokens} is not a multiple of data.seq_len {data.seq_len}",
@@ -315,8 +318,7 @@ def fields() -> list[tuple[str, str]]:
                 rows += walk(inner, f"{prefix}{_spelled(name)}[].")
         return rows
 
-    hints = get_type_hints(Config)
-    return [row for section in SECTIONS for row in walk(hints[section], f"{section}.")]
+    return [row for section in SECTIONS for row in walk(get_type_hints(Config)[section], f"{section}.")]
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -343,11 +345,9 @@ def parse(arguments: Sequence[str]) -> Config:
     for section in SECTIONS:
         parser.add_class_arguments(hints[section], section, fail_untyped=True)
     printing = "--print_config" in arguments
-    arguments = [argument for argument in arguments if argument != "--print_config"]
-    arguments = [re.sub(r"^--init\.from(?=$|=)", "--init.from_", argument) for argument in arguments]
-    arguments = [
-        part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])
-    ]
+    arguments = [re.sub(r"^--init\.from(?=$|=)", "--init.from_", each) for each in arguments]
+    arguments = [part for each in arguments for part in each.split("=", 1 if each.startswith("--config=") else 0)]
+    arguments = [each for each in arguments if each != "--print_config"]
     files = [arguments[index + 1] for index, argument in enumerate(arguments[:-1]) if argument == "--config"]
     for file in files:
         if not Path(file).is_file():
@@ -385,9 +385,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     values = {section: asdict(getattr(config, section)) for section in SECTIONS}
     values["init"]["from"] = values["init"].pop("from_")
     for section in ("train", "run"):
-        values[section] = {
-            key: int(value) if isinstance(value, Count) else value for key, value in values[section].items()
-        }
+        values[section] = {key: int(it) if isinstance(it, Count) else it for key, it in values[section].items()}
     return values
 
 

@@ -29,7 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcpt import UserError, checkpoint, evaluation, guidance, hf, lineage, metrics, parallel, replicas, saving
+from fastcpt import (
+    UserError,
+    checkpoint,
+    evaluation,
+    guidance,
+    hf,
+    lineage,
+    metrics,
+    parallel,
+    profiling,
+    replicas,
+    saving,
+)
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
@@ -237,6 +249,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
         stack.callback(lock.close)
     watch = stack.enter_context(Watch(world, folder, config.run.timeout, CODES))
     state = setup(config)
+    profile = stack.enter_context(profiling.Profile(state))
     run, first = config.run, world.first
     resumed_at = state.step if state.origin.kind == "resume" else None
     loggers = metrics.open_loggers(run, to_dict(config), resumed_at, not state.unevaluated) if first else []
@@ -306,8 +319,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
     state.unevaluated |= bool(state.validation) and state.step == state.plan.first
     if state.unevaluated and not evaluated():
         leave()
-    batch = config.train.batch_tokens // config.data.seq_len
-    steps = state.last_step - state.step
+    batch, steps = config.train.batch_tokens // config.data.seq_len, state.last_step - state.step
     if steps:
         state.saver.check_room(min(state.step + run.save_every, state.last_step), named_tensors(state))
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
@@ -363,6 +375,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
             save_all()
         elif run.check_every and state.step % run.check_every == 0:
             check_replicas()
+        profile.at(state.step)
         watch.enter(state.step, "training")
         clock += time.perf_counter() - pause
     state.saver.wait()

@@ -121,6 +121,8 @@ CASES = (
          edit("run.yaml", "  train:\n", "  train:\n  - {name: b, path: fresh, weight: 1.0e-9}\n")),
     Case("learning-rate-missing", "gave no learning rate", f"{NEW} --optim.lr null",
          "optim.lr is None; give the peak learning rate"),
+    Case("profile-after-end", "profiled a step after the last", f"{NEW} --run.profile 4",
+         "run.profile is 4, and the run ends at step 4: nothing would be profiled; name an earlier step, or 0 for none"),
     Case("branch-without-checkpoint", "a branch of nothing", f"{NEW} --init.branch true",
          "init.branch needs init.from: the checkpoint to go on from"),
     Case("branch-learning-rate", "gave a branch a rate", f"{GO_ON} --init.branch true",

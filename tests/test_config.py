@@ -203,6 +203,7 @@ OVERRIDES: dict[str, tuple[str, Any]] = {
     "run.wandb": ("project", "project"),
     "run.timeout": ("60", 60.0),
     "run.check_every": ("100", 100),
+    "run.profile": ("50", 50),
     "train.skip_spikes": ("6", 6.0),
 }
 
@@ -349,6 +350,7 @@ BRANCH = {"from_": "runs/a", "branch": True}
         ({"run": {"keep_every": -1}}, "run.keep_every is -1"),
         ({"run": {"timeout": 0.0}}, "run.timeout 0.0 must be above 0 seconds"),
         ({"run": {"check_every": -1}}, "run.check_every is -1"),
+        ({"run": {"profile": -1}}, "run.profile is -1"),
         ({"train": {"skip_spikes": -1.0}}, "train.skip_spikes -1.0 must be a number from 0 on"),
         ({"run": {"eval_tokens": Count(0)}}, "run.eval_tokens is 0"),
         ({"train": {"batch_tokens": Count(17)}}, "train.batch_tokens 17 is not a multiple of data.seq_len 16"),
@@ -410,7 +412,7 @@ train.precision train.kernels train.loss train.attention train.skip_spikes
 optim.lr optim.betas optim.eps optim.weight_decay optim.clip optim.moments
 schedule.kind schedule.warmup schedule.cooldown schedule.decay schedule.min_lr_ratio
 run.output run.log_every run.eval_every run.eval_tokens run.save_every run.keep run.keep_every run.tensorboard run.wandb
-run.timeout run.check_every
+run.timeout run.check_every run.profile
 """
 
 
