@@ -125,8 +125,8 @@ class Train:
     """Tokens that this run trains on; whole steps, rounded up."""
     batch_tokens: Count
     """Tokens an optimizer step, a multiple of data.seq_len."""
-    micro_batch: int = 8
-    """Sequences a process takes at once, at most."""
+    micro_batch: int = 0
+    """Sequences a process takes at once, at most; 0: as many as fit its memory and serve its speed."""
     seed: int = 0
     """Of the initialisation and of the data order."""
     parallel: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
@@ -232,11 +232,13 @@ def check(config: Config) -> None:
             raise UserError(id, message)
 
     for name, value in (
-        ("data.seq_len", data.seq_len), ("train.tokens", train.tokens), ("train.micro_batch", train.micro_batch),
+        ("data.seq_len", data.seq_len), ("train.tokens", train.tokens),
         ("run.log_every", run.log_every), ("run.eval_every", run.eval_every), ("run.save_every", run.save_every),
         ("run.keep", run.keep), ("run.eval_tokens", run.eval_tokens),
     ):  # fmt: skip
         require(value >= 1, f"{name} is {value}; it must be at least 1")
+    micro = train.micro_batch
+    require(micro >= 0, f"train.micro_batch is {micro}; it must be at least 1, or 0 for what fits")
     require(run.keep_every >= 0, f"run.keep_every is {run.keep_every}; it must be a number of steps, or 0 for none")
     require(
         train.batch_tokens >= data.seq_len and train.batch_tokens % data.seq_len == 0,

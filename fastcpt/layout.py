@@ -32,6 +32,9 @@ from fastcpt.trees import tree_sum
 
 Kind = Literal["single", "ddp", "fsdp", "hsdp"]
 ROOM = 0.9  # of a device's memory: what a model may need of it by the formulas of `memory.py`
+# A micro-batch beyond which matrix products gain nothing: tokens on a GPU, where adding up its gradients takes under 1% of
+# its time, and sequences on CPU.
+ENOUGH, ENOUGH_CPU = 1 << 16, 8
 
 
 def local_size(world_size: int) -> int:
@@ -86,6 +89,36 @@ def choose(
     return kind, recompute, why if fitting else f"{why}; that does not fit: lower train.micro_batch"
 
 
+def with_micro_batch(config: Config, arch: Architecture, world: World, machine: int, room: int) -> tuple[Config, str]:
+    """The configuration with a micro-batch, and why that one; as it is, if it says one. machine, room: see `choose`.
+
+    The layout is the first that has room for one sequence. In it a micro-batch is the largest that fits and that a
+    process's sequences are a multiple of; or, where that is under half of what fits, it cuts them into as few parts as
+    fit, as even as can be. All processes take equally many. It depends on nothing but the sizes.
+    """
+    if config.train.micro_batch:
+        return config, ""
+    if config.train.deterministic:
+        raise UserError(
+            "deterministic-micro-batch",
+            "train.deterministic gives any number of processes the same bits, of the same micro-batches; say train.micro_batch",
+        )
+    sequences = config.train.batch_tokens // config.data.seq_len
+    fewest, share = sequences // world.size, -(-sequences // world.size)
+    enough = max(1, ENOUGH // config.data.seq_len) if world.device.type == "cuda" else ENOUGH_CPU
+    one = memory.needed(memory.with_micro_batch(config, 1), arch, world)
+    kind, recompute, _ = choose(config.train, world.size, machine, one, room)
+    shards = {"single": 1, "ddp": 1, "hsdp": machine, "fsdp": world.size}[kind]
+    fits = memory.largest(config, arch, world, shards, recompute, ROOM * room, min(share, enough)) or 1
+    alike = [size for size in range(1, fits + 1) if -(-fewest // size) == -(-share // size)] or [fits]
+    whole = [size for size in alike if share % size == 0 and 2 * size > fits]
+    chosen = max(whole) if whole else min(alike, key=lambda size: (-(-share // size), size))
+    bound = f"at most {fits} fit"
+    if fits == min(share, enough):
+        bound = "all of them fit" if fits == share else f"more than {fits} are no faster"
+    return memory.with_micro_batch(config, chosen), f"micro-batches of {chosen} of its {share} sequences: {bound}"
+
+
 class _TreeReduceScatter:
     """FSDP's reduce-scatter in the order of `trees.py`."""
 
@@ -130,10 +163,13 @@ class Layout:
         return cls(kind, why, world, mesh, tree, recompute)
 
     @classmethod
-    def of(cls, config: Config, arch: Architecture, world: World) -> "Layout":
-        """How a run is spread over processes. Raises UserError for what cannot be."""
-        train, machine = config.train, local_size(world.size)
+    def of(cls, config: Config, arch: Architecture, world: World) -> "tuple[Layout, Config]":
+        """How a run is spread over processes, and its configuration with a micro-batch. Raises UserError for what cannot
+        be."""
+        machine = local_size(world.size)
         room = device_memory(world.device, machine)
+        config, note = with_micro_batch(config, arch, world, machine, room)
+        train = config.train
         kind, recompute, why = choose(train, world.size, machine, memory.needed(config, arch, world), room)
         if train.deterministic:
             sequences = train.batch_tokens // config.data.seq_len
@@ -148,7 +184,8 @@ class Layout:
                     "deterministic-moments",
                     "train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random",
                 )
-        return cls.make(kind, why, world, train.deterministic, recompute)
+        why = f"{why}; {note}" if note else why
+        return cls.make(kind, why, world, train.deterministic, recompute), config
 
     @property
     def sharded(self) -> bool:

@@ -198,11 +198,16 @@ def needed(config: Config, arch: Architecture, world: World) -> Callable[[int, b
     return lambda shards, recompute: sum(of(config, arch, world, shards, recompute).values())
 
 
-def largest_kept(config: Config, arch: Architecture, world: World, shards: int, room: float) -> int:
-    """The largest micro-batch up to `train.micro_batch` of which no block must be recomputed in so many bytes, or 0."""
+def largest(
+    config: Config, arch: Architecture, world: World, shards: int, recompute: bool, room: float, most: int
+) -> int:
+    """The largest micro-batch up to `most` sequences that takes no more than so many bytes, or 0."""
 
     def fits(sequences: int) -> bool:
-        smaller = replace(config, train=replace(config.train, micro_batch=sequences))
-        return sum(of(smaller, arch, world, shards, False).values()) <= room
+        return sum(of(with_micro_batch(config, sequences), arch, world, shards, recompute).values()) <= room
 
-    return next((sequences for sequences in range(config.train.micro_batch, 0, -1) if fits(sequences)), 0)
+    return next((sequences for sequences in range(most, 0, -1) if fits(sequences)), 0)
+
+
+def with_micro_batch(config: Config, sequences: int) -> Config:
+    return replace(config, train=replace(config.train, micro_batch=sequences))

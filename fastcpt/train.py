@@ -67,7 +67,7 @@ def setup(config: Config) -> State:
     execution = Execution.choose(
         train, world.device, origin.arch.head_width, config.data.seq_len, config.data.document_mask
     )
-    spread = Layout.of(config, origin.arch, world)
+    spread, config = Layout.of(config, origin.arch, world)
     with torch.device("meta"):
         model = GPTNeoX(origin.arch, execution)
     spread.prepare(model, execution.dtype, train.compile)
