@@ -135,8 +135,8 @@ class Train:
     """Sums in a fixed order: the same bits with 1, 2 or 4 processes, in any layout; slower."""
     recompute: Literal["auto", "none", "blocks"] = "auto"
     """blocks: activations are computed twice and not kept, a third more compute. auto: where memory demands it."""
-    compile: bool = True
-    """Use torch.compile."""
+    compile: Literal["blocks", "graphs"] | bool = True
+    """Use torch.compile. blocks: one by one, starts sooner. graphs: and CUDA graphs, for small models; never run so far."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Dtype of activations and products; parameters, gradients and moments are fp32. bf16 needs hardware that has it."""
     kernels: Literal["auto", "triton", "torch"] = "auto"

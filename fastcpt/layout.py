@@ -134,6 +134,25 @@ class _TreeReduceScatter:
         output_tensor.copy_(total / group.size() if op == dist.ReduceOp.AVG else total)
 
 
+class Replayed(nn.Module):
+    """Training forward passes of a model that replays CUDA graphs, each of which writes to the same memory.
+
+    Autograd would keep a replay's gradients where they lie, and the next one overwrite them (pytorch#146569, #169545); to
+    gradients that are there it adds. Losses are wanted after other replays.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        loss, losses_BT = self.model(*inputs, **options)
+        return loss, losses_BT.clone()
+
+
 @dataclass(frozen=True)
 class Layout:
     """mesh: the processes of fsdp, (shard,), or of hsdp, (replicate, shard). tree: sums in a fixed order. recompute: see
@@ -205,18 +224,26 @@ class Layout:
         """Whether gradients come as an average over processes, and not as a sum."""
         return self.sharded or (self.kind == "ddp" and not self.tree)
 
-    def prepare(self, model: GPTNeoX, dtype: torch.dtype, compile_: bool) -> None:
+    def prepare(self, model: GPTNeoX, dtype: torch.dtype, compile_: bool | str) -> None:
         """Compiles and shards a model that has no storage yet; `finish` goes on when it has its values.
 
         One process compiles all of it, several block by block, so that communication overlaps the backward pass. In a
         fixed order any number of processes compiles block by block, and shards are gathered in fp32: norms, which are not
-        cast, would else be computed with rounded weights.
+        cast, would else be computed with rounded weights. compile_: `train.compile`; raises UserError where graphs cannot be.
         """
+        alone = self.kind == "single" and not self.tree
+        if compile_ == "graphs" and not (alone and self.world.device.type == "cuda"):
+            raise UserError(
+                "graphs-not-possible",
+                f"train.compile is graphs, which takes one process on a GPU and not train.deterministic; this is {self.kind} "
+                f"on {self.world.device}; use true",
+            )
         model.execution = replace(model.execution, recompute=self.recompute)
         if compile_:
             torch._dynamo.config.recompile_limit = 64  # beyond it a graph that must be whole is an error
-            if self.kind == "single" and not self.tree:
-                model.compile(dynamic=False, fullgraph=True)
+            if alone and compile_ != "blocks":
+                options = {"triton.cudagraphs": True} if compile_ == "graphs" else None
+                model.compile(dynamic=False, fullgraph=True, options=options)
             else:
                 for layer in model.layers:
                     layer.compile(dynamic=False, fullgraph=True)
@@ -228,8 +255,10 @@ class Layout:
                 if self.tree:
                     module.set_custom_reduce_scatter(_TreeReduceScatter())
 
-    def finish(self, model: GPTNeoX) -> nn.Module:
-        """What is called in training, of a model whose parameters have their values."""
+    def finish(self, model: GPTNeoX, compile_: bool | str) -> nn.Module:
+        """What is called in training, of a model whose parameters have their values. compile_: `train.compile`."""
+        if compile_ == "graphs":
+            return Replayed(model)
         if self.kind == "ddp" and not self.tree:
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         return model

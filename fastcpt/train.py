@@ -99,7 +99,7 @@ def setup(config: Config) -> State:
     )  # fmt: skip
     if origin.state is not None:
         load_(state)
-    state.forward = spread.finish(model)
+    state.forward = spread.finish(model, train.compile)
     return state
 
 

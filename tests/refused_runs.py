@@ -148,6 +148,8 @@ CASES = (
          "train.parallel is hsdp, but all processes are on one machine; use fsdp or auto"),
     Case("hsdp-uneven-machines", "machines of different sizes", "plan --config run.yaml --processes 3 --per-machine 2 --train.parallel hsdp --run.output new",
          "train.parallel is hsdp, but 3 processes are not 2 on every machine; use fsdp"),
+    Case("graphs-not-possible", "CUDA graphs on CPU", f"{NEW} --train.compile graphs",
+         "train.compile is graphs, which takes one process on a GPU and not train.deterministic; this is single on cpu; use true"),
     Case("deterministic-micro-batch", "a fixed order of micro-batches that nobody chose", f"{NEW} --train.deterministic true --train.micro_batch 0",
          "train.deterministic gives any number of processes the same bits, of the same micro-batches; say train.micro_batch"),
     Case("deterministic-micro-batch", "a fixed order of uneven micro-batches", f"{NEW} --train.deterministic true --train.micro_batch 3",

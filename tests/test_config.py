@@ -264,7 +264,7 @@ def test_what_is_written_is_what_is_read(load: Callable, text: str) -> None:
         ("1M", "1.5", '"train.tokens": Not of type Count: 1.5 is not a whole number'),
         ("weight: 1", "weight: heavy", "\"weight\": Expected a <class 'float'>"),
         ("4096", "4096, seed: 1.5", "\"train.seed\": Expected a <class 'int'>"),
-        ("4096", "4096, compile: 2", "\"train.compile\": Expected a <class 'bool'>"),
+        ("4096", "4096, compile: 2", "typing.Literal['blocks', 'graphs'] - Expected a <class 'bool'>"),
         ("4096", "4096, precision: fp16", '"train.precision"'),
         ("run:", "init: {from: 5}\nrun:", '"init.from"'),
         ("run:", "schedule: {kind: linear}\nrun:", '"schedule.kind"'),

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcpt import attention, parallel, train
+from fastcpt import UserError, attention, parallel, train
 from fastcpt.attention import Backend
 from fastcpt.config import Config, Count, Source
 from fastcpt.execution import Execution
 from fastcpt.kernels import launch
+from fastcpt.layout import Layout, Replayed
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import World
 from fastcpt.state import State
@@ -147,13 +149,15 @@ def test_the_compiled_graph_is_one_and_has_our_kernels(
     monkeypatch.setattr(launch, "INTERPRETED", False)
     attend = Backend(backend, "", attention.build(backend, False))
     with META:
-        model = GPTNeoX(Architecture(3, 64, 1, vocab_size=128), Execution(torch.bfloat16, True, False, recompute, attend))
+        model = GPTNeoX(
+            Architecture(3, 64, 1, vocab_size=128), Execution(torch.bfloat16, True, False, recompute, attend)
+        )
     graphs: list[torch.fx.GraphModule] = []
 
     def capture(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         assert not any(isinstance(size, torch.SymInt) for tensor in inputs for size in tensor.shape)
         graphs.append(graph)
-        return graph
+        return make_boxed_func(graph.forward)
 
     model.compile(dynamic=False, fullgraph=True, backend=aot_autograd(fw_compiler=capture, bw_compiler=capture))
     tokens_BT = torch.zeros(2, 128, dtype=torch.int64, device=META)
@@ -164,3 +168,89 @@ def test_the_compiled_graph_is_one_and_has_our_kernels(
     again = Counter({"layer_norm_backward": 4, "qkv_rotary_backward": 3, "bias_gelu_backward": 3, backward: 3})
     again["scale_rows_"] = 1
     assert back == again + (block if recompute else Counter())
+
+
+class Replay(torch.nn.Module):
+    """What a model with CUDA graphs does, as far as its caller sees: results and gradients lie where those of the call
+    before lay, in other tensors."""
+
+    def __init__(self, model: GPTNeoX) -> None:
+        super().__init__()
+        self.model = model
+        self.memory: dict[str, torch.Tensor] = {}
+
+    def placed(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        memory = self.memory.setdefault(name, torch.empty(2 * value.numel(), dtype=value.dtype))
+        return memory[: value.numel()].view_as(value).copy_(value).detach()
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        outer, names = self, [name for name, _ in self.model.named_parameters()]
+
+        class Graph(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *parameters: torch.Tensor) -> Any:
+                with torch.enable_grad():
+                    ctx.own = [parameter.detach().requires_grad_() for parameter in parameters]
+                    ctx.loss, losses_BT = torch.func.functional_call(
+                        outer.model, dict(zip(names, ctx.own)), inputs, options
+                    )
+                losses_BT = outer.placed("losses", losses_BT)
+                ctx.mark_non_differentiable(losses_BT)
+                return outer.placed("loss", ctx.loss), losses_BT
+
+            @staticmethod
+            def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
+                gradients = torch.autograd.grad(ctx.loss, ctx.own)
+                return tuple(outer.placed(name, value) for name, value in zip(names, gradients))
+
+        return Graph.apply(*self.model.parameters())
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_what_a_graph_overwrites_is_not_needed(config: Callable[..., Config], guarded: bool) -> None:
+    """Of two micro-batches a step; without the guard gradients are wrong, so that this test sees what it is about."""
+    results, losses = [], []
+    for graphs in (False, True):
+        state = train.setup(config(parallel="single"))
+        if graphs:
+            replay = Replay(state.model)
+            state.forward = Replayed(replay) if guarded else replay
+        seen: list[Any] = []
+        state.guard.record = lambda *values, seen=seen: seen.append(values[-1])  # type: ignore[method-assign]
+        steps(state, torch.from_numpy)
+        losses.append([torch.cat(parts) for parts in seen])
+        results.append([parameter.detach() for parameter in state.model.parameters()])
+    same = [torch.equal(a, b) for pair in (results, losses) for a, b in zip(*pair, strict=True)]
+    assert all(same) == guarded
+
+
+def test_graphs_take_one_process_on_a_gpu(config: Callable[..., Config], meta: None) -> None:
+    for device in (torch.device("cpu"), META):
+        alone = Layout("single", "", World(0, 1, device))
+        with pytest.raises(UserError, match=f"this is single on {device}; use true"):
+            alone.prepare(GPTNeoX(Architecture(1, 8, 1, vocab_size=8)), torch.float32, "graphs")
+    gpu = Layout("single", "", World(0, 1, torch.device("cuda")))
+    for layout in (replace(gpu, kind="ddp"), replace(gpu, tree=True)):
+        with pytest.raises(UserError, match="takes one process on a GPU and not train.deterministic"):
+            layout.prepare(GPTNeoX(Architecture(1, 8, 1, vocab_size=8)), torch.float32, "graphs")
+    model = GPTNeoX(Architecture(1, 8, 1, vocab_size=8))
+    asked: list[dict[str, Any]] = []
+    model.compile = lambda **options: asked.append(options)  # type: ignore[method-assign]
+    gpu.prepare(model, torch.float32, "graphs")
+    assert asked == [{"dynamic": False, "fullgraph": True, "options": {"triton.cudagraphs": True}}]
+    assert isinstance(gpu.finish(model, "graphs"), Replayed) and gpu.finish(model, True) is model
+
+
+def test_blocks_are_compiled_alone(config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same code for each of them: two graphs, since the first block has no addends, and a second layer adds none."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="eager", **options))
+    torch._dynamo.reset()
+    results, graphs = [], []
+    for setting in (False, "blocks"):
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        state = train.setup(config(compile=setting, micro_batch=BATCH))
+        steps(state, torch.from_numpy)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+        results.append(torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()]))
+    assert graphs == [0, 2] and torch.equal(*results)
