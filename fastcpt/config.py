@@ -137,8 +137,8 @@ class Train:
     """blocks: activations are computed twice and not kept, a third more compute. auto: where memory demands it."""
     compile: Literal["blocks", "graphs"] | bool = True
     """Use torch.compile. blocks: one by one, starts sooner. graphs: and CUDA graphs, for small models; never run so far."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of activations and products; parameters, gradients and moments are fp32. bf16 needs hardware that has it."""
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Dtype of activations and products; all else is fp32. fp8: bf16, blocks' products in fp8; for wide models, never run."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """auto: our Triton kernels on a GPU, torch on CPU."""
     loss: Literal["auto", "full", "blocks"] = "auto"

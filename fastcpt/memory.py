@@ -162,16 +162,16 @@ def of(config: Config, arch: Architecture, world: World, shards: int, recompute:
     train = config.train
     share = -(-train.batch_tokens // config.data.seq_len // world.size)
     return parts(
-        arch, min(train.micro_batch, share), config.data.seq_len, train.precision == "bf16", config.data.document_mask,
+        arch, min(train.micro_batch, share), config.data.seq_len, train.precision != "fp32", config.data.document_mask,
         uses_kernels(config, world), uses_blocks(config, world), 2 if config.optim.moments == "bf16" else 4, shards, recompute,
         ddp=shards == 1 and world.size > 1 and not train.deterministic,
-        attention_blocks=world.device.type == "cpu" and train.precision == "bf16" and train.attention in ("auto", "blocks"),
+        attention_blocks=world.device.type == "cpu" and train.precision != "fp32" and train.attention in ("auto", "blocks"),
     )  # fmt: skip
 
 
 def notes(config: Config, world: World, shards: int, recompute: bool, sequences: int) -> dict[str, str]:
     """What each of `parts` is, for people, and what their total is of. sequences: of a micro-batch."""
-    bf16, moments = config.train.precision == "bf16", config.optim.moments
+    bf16, moments = config.train.precision != "fp32", config.optim.moments
     each = f"a parameter{f', in {shards} shards' if shards > 1 else ''}"
     logits = "softmax and its gradients, 3 x fp32 x vocabulary a token"
     if uses_kernels(config, world):

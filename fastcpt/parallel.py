@@ -175,6 +175,12 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether 8-bit products run on the hardware's own instructions."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @torch.no_grad()
 def fill_(parameter: Tensor, value: Tensor) -> None:
     """Overwrites a parameter, or this process's part of it, with a whole value of its shape."""

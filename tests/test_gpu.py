@@ -150,7 +150,8 @@ def test_the_compiled_graph_is_one_and_has_our_kernels(
     attend = Backend(backend, "", attention.build(backend, False))
     with META:
         model = GPTNeoX(
-            Architecture(3, 64, 1, vocab_size=128), Execution(torch.bfloat16, True, False, recompute, attend)
+            Architecture(3, 64, 1, vocab_size=128),
+            Execution(torch.bfloat16, kernels=True, recompute=recompute, attention=attend),
         )
     graphs: list[torch.fx.GraphModule] = []
 
