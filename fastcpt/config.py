@@ -106,8 +106,8 @@ class Train:
     """Tokens that this run trains on; whole steps, rounded up."""
     batch_tokens: Count
     """Tokens an optimizer step, a multiple of data.seq_len."""
-    micro_batch: int = 8
-    """Sequences a process takes at once, at most."""
+    micro_batch: int = 0
+    """Sequences a process takes at once, at most; 0: as many as fit its memory and serve its speed."""
     seed: int = 0
     """Of the initialisation and of the data order."""
     parallel: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
@@ -116,10 +116,10 @@ class Train:
     """Sums in a fixed order: the same bits with 1, 2 or 4 processes, in any layout; slower."""
     recompute: Literal["auto", "none", "blocks"] = "auto"
     """blocks: activations are computed twice and not kept, a third more compute. auto: where memory demands it."""
-    compile: bool = True
-    """Use torch.compile."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of activations and products; parameters, gradients and moments are fp32. bf16 needs hardware that has it."""
+    compile: Literal["blocks", "graphs"] | bool = True
+    """Use torch.compile. blocks: one by one, starts sooner. graphs: and CUDA graphs, for small models; never run so far."""
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Dtype of activations and products; all else is fp32. fp8: bf16, blocks' products in fp8; for wide models, never run."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """auto: our Triton kernels on a GPU, torch on CPU."""
     loss: Literal["auto", "full", "blocks"] = "auto"
@@ -225,13 +225,15 @@ def check(config: Config) -> None:
             raise UserError(id, message)
 
     for name, value in (
-        ("data.seq_len", data.seq_len), ("train.tokens", train.tokens), ("train.micro_batch", train.micro_batch),
+        ("data.seq_len", data.seq_len), ("train.tokens", train.tokens),
         ("run.log_every", run.log_every), ("run.eval_every", run.eval_every), ("run.save_every", run.save_every),
         ("run.keep", run.keep), ("run.eval_tokens", run.eval_tokens),
     ):  # fmt: skip
         require(value >= 1, f"{name} is {value}; it must be at least 1")
     for name, value in (("run.keep_every", run.keep_every), ("run.profile", run.profile)):
         require(value >= 0, f"{name} is {value}; it must be a number of steps, or 0 for none")
+    micro = train.micro_batch
+    require(micro >= 0, f"train.micro_batch is {micro}; it must be at least 1, or 0 for what fits")
     require(
         train.batch_tokens >= data.seq_len and train.batch_tokens % data.seq_len == 0,
         f"train.batch_tokens {train.batch_tokens} is not a multiple of data.seq_len {data.seq_len}",

@@ -17,6 +17,7 @@ class Execution:
     dtype: of activations and matrix products, torch.float32 or torch.bfloat16.
     kernels: our Triton kernels for norms, rotary embedding, GELU, the loss and AdamW.
     loss_blocks: the head's product and the loss in blocks of rows (`kernels/linear_cross_entropy.py`).
+    fp8: the blocks' products with weights (`fp8.py`).
     recompute: a block keeps its input alone, and computes the rest again in the backward pass.
     """
 
@@ -24,11 +25,12 @@ class Execution:
     kernels: bool = False
     loss_blocks: bool = False
     recompute: bool = False
+    fp8: bool = False
     attention: Backend = Backend("sdpa", "not chosen", sdpa)  # noqa: RUF009
 
     def __str__(self) -> str:
         kernels, loss = "Triton" if self.kernels else "torch", "in blocks" if self.loss_blocks else "full"
-        return f"{kernels} kernels, loss {loss}, attention {self.attention.reason}"
+        return f"{'products in fp8, ' if self.fp8 else ''}{kernels} kernels, loss {loss}, attention {self.attention.reason}"
 
     @classmethod
     def choose(cls, train: Train, device: torch.device, head_width: int, seq_len: int, documents: bool) -> "Execution":
@@ -36,7 +38,17 @@ class Execution:
 
         Raises UserError where what is asked for by name cannot run there.
         """
-        dtype = torch.bfloat16 if train.precision == "bf16" and parallel.has_bf16(device) else torch.float32
+        fp8 = train.precision == "fp8"
+        if fp8 and not parallel.has_fp8(device):
+            raise UserError(
+                "fp8-needs-gpu",
+                f"train.precision is fp8, which needs an NVIDIA GPU of sm_89 or newer, and this is {device}; use bf16",
+            )
+        if fp8 and seq_len % 16:
+            raise UserError(
+                "fp8-sizes", f"train.precision is fp8, whose products take multiples of 16; data.seq_len is {seq_len}"
+            )
+        dtype = torch.bfloat16 if train.precision != "fp32" and parallel.has_bf16(device) else torch.float32
         gpu = device.type != "cpu"
         kernels = train.kernels == "triton" or (train.kernels == "auto" and gpu)
         if kernels and not launch.on_triton(torch.empty(0, device=device)):
@@ -51,4 +63,4 @@ class Execution:
                 "train.loss is blocks, which needs Triton kernels on a GPU; use train.kernels: auto",
             )
         attention = choose(train.attention, device, head_width, dtype, seq_len, documents)
-        return cls(dtype, kernels, loss_blocks, attention=attention)
+        return cls(dtype, kernels, loss_blocks, fp8=fp8, attention=attention)

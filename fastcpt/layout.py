@@ -32,6 +32,9 @@ from fastcpt.trees import tree_sum
 
 Kind = Literal["single", "ddp", "fsdp", "hsdp"]
 ROOM = 0.9  # of a device's memory: what a model may need of it by the formulas of `memory.py`
+# A micro-batch beyond which matrix products gain nothing: tokens on a GPU, where adding up its gradients takes under 1% of
+# its time, and sequences on CPU.
+ENOUGH, ENOUGH_CPU = 1 << 16, 8
 
 
 def local_size(world_size: int) -> int:
@@ -86,6 +89,36 @@ def choose(
     return kind, recompute, why if fitting else f"{why}; that does not fit: lower train.micro_batch"
 
 
+def with_micro_batch(config: Config, arch: Architecture, world: World, machine: int, room: int) -> tuple[Config, str]:
+    """The configuration with a micro-batch, and why that one; as it is, if it says one. machine, room: see `choose`.
+
+    The layout is the first that has room for one sequence. In it a micro-batch is the largest that fits and that a
+    process's sequences are a multiple of; or, where that is under half of what fits, it cuts them into as few parts as
+    fit, as even as can be. All processes take equally many. It depends on nothing but the sizes.
+    """
+    if config.train.micro_batch:
+        return config, ""
+    if config.train.deterministic:
+        raise UserError(
+            "deterministic-micro-batch",
+            "train.deterministic gives any number of processes the same bits, of the same micro-batches; say train.micro_batch",
+        )
+    sequences = config.train.batch_tokens // config.data.seq_len
+    fewest, share = sequences // world.size, -(-sequences // world.size)
+    enough = max(1, ENOUGH // config.data.seq_len) if world.device.type == "cuda" else ENOUGH_CPU
+    one = memory.needed(memory.with_micro_batch(config, 1), arch, world)
+    kind, recompute, _ = choose(config.train, world.size, machine, one, room)
+    shards = {"single": 1, "ddp": 1, "hsdp": machine, "fsdp": world.size}[kind]
+    fits = memory.largest(config, arch, world, shards, recompute, ROOM * room, min(share, enough)) or 1
+    alike = [size for size in range(1, fits + 1) if -(-fewest // size) == -(-share // size)] or [fits]
+    whole = [size for size in alike if share % size == 0 and 2 * size > fits]
+    chosen = max(whole) if whole else min(alike, key=lambda size: (-(-share // size), size))
+    bound = f"at most {fits} fit"
+    if fits == min(share, enough):
+        bound = "all of them fit" if fits == share else f"more than {fits} are no faster"
+    return memory.with_micro_batch(config, chosen), f"micro-batches of {chosen} of its {share} sequences: {bound}"
+
+
 class _TreeReduceScatter:
     """FSDP's reduce-scatter in the order of `trees.py`."""
 
@@ -99,6 +132,25 @@ class _TreeReduceScatter:
         dist.all_to_all_single(parts, input_tensor, group=group)
         total = tree_sum(parts.chunk(group.size()))
         output_tensor.copy_(total / group.size() if op == dist.ReduceOp.AVG else total)
+
+
+class Replayed(nn.Module):
+    """Training forward passes of a model that replays CUDA graphs, each of which writes to the same memory.
+
+    Autograd would keep a replay's gradients where they lie, and the next one overwrite them (pytorch#146569, #169545); to
+    gradients that are there it adds. Losses are wanted after other replays.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        loss, losses_BT = self.model(*inputs, **options)
+        return loss, losses_BT.clone()
 
 
 @dataclass(frozen=True)
@@ -130,10 +182,13 @@ class Layout:
         return cls(kind, why, world, mesh, tree, recompute)
 
     @classmethod
-    def of(cls, config: Config, arch: Architecture, world: World) -> "Layout":
-        """How a run is spread over processes. Raises UserError for what cannot be."""
-        train, machine = config.train, local_size(world.size)
+    def of(cls, config: Config, arch: Architecture, world: World) -> "tuple[Layout, Config]":
+        """How a run is spread over processes, and its configuration with a micro-batch. Raises UserError for what cannot
+        be."""
+        machine = local_size(world.size)
         room = device_memory(world.device, machine)
+        config, note = with_micro_batch(config, arch, world, machine, room)
+        train = config.train
         kind, recompute, why = choose(train, world.size, machine, memory.needed(config, arch, world), room)
         if train.deterministic:
             sequences = train.batch_tokens // config.data.seq_len
@@ -148,7 +203,8 @@ class Layout:
                     "deterministic-moments",
                     "train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random",
                 )
-        return cls.make(kind, why, world, train.deterministic, recompute)
+        why = f"{why}; {note}" if note else why
+        return cls.make(kind, why, world, train.deterministic, recompute), config
 
     @property
     def sharded(self) -> bool:
@@ -168,18 +224,26 @@ class Layout:
         """Whether gradients come as an average over processes, and not as a sum."""
         return self.sharded or (self.kind == "ddp" and not self.tree)
 
-    def prepare(self, model: GPTNeoX, dtype: torch.dtype, compile_: bool) -> None:
+    def prepare(self, model: GPTNeoX, dtype: torch.dtype, compile_: bool | str) -> None:
         """Compiles and shards a model that has no storage yet; `finish` goes on when it has its values.
 
         One process compiles all of it, several block by block, so that communication overlaps the backward pass. In a
         fixed order any number of processes compiles block by block, and shards are gathered in fp32: norms, which are not
-        cast, would else be computed with rounded weights.
+        cast, would else be computed with rounded weights. compile_: `train.compile`; raises UserError where graphs cannot be.
         """
+        alone = self.kind == "single" and not self.tree
+        if compile_ == "graphs" and not (alone and self.world.device.type == "cuda"):
+            raise UserError(
+                "graphs-not-possible",
+                f"train.compile is graphs, which takes one process on a GPU and not train.deterministic; this is {self.kind} "
+                f"on {self.world.device}; use true",
+            )
         model.execution = replace(model.execution, recompute=self.recompute)
         if compile_:
             compiling.prepare(self.world.device)
-            if self.kind == "single" and not self.tree:
-                model.compile(dynamic=False, fullgraph=True)
+            if alone and compile_ != "blocks":
+                options = {"triton.cudagraphs": True} if compile_ == "graphs" else None
+                model.compile(dynamic=False, fullgraph=True, options=options)
             else:
                 for layer in model.layers:
                     layer.compile(dynamic=False, fullgraph=True)
@@ -191,8 +255,10 @@ class Layout:
                 if self.tree:
                     module.set_custom_reduce_scatter(_TreeReduceScatter())
 
-    def finish(self, model: GPTNeoX) -> nn.Module:
-        """What is called in training, of a model whose parameters have their values."""
+    def finish(self, model: GPTNeoX, compile_: bool | str) -> nn.Module:
+        """What is called in training, of a model whose parameters have their values. compile_: `train.compile`."""
+        if compile_ == "graphs":
+            return Replayed(model)
         if self.kind == "ddp" and not self.tree:
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         return model

@@ -162,16 +162,16 @@ def of(config: Config, arch: Architecture, world: World, shards: int, recompute:
     train = config.train
     share = -(-train.batch_tokens // config.data.seq_len // world.size)
     return parts(
-        arch, min(train.micro_batch, share), config.data.seq_len, train.precision == "bf16", config.data.document_mask,
+        arch, min(train.micro_batch, share), config.data.seq_len, train.precision != "fp32", config.data.document_mask,
         uses_kernels(config, world), uses_blocks(config, world), 2 if config.optim.moments == "bf16" else 4, shards, recompute,
         ddp=shards == 1 and world.size > 1 and not train.deterministic,
-        attention_blocks=world.device.type == "cpu" and train.precision == "bf16" and train.attention in ("auto", "blocks"),
+        attention_blocks=world.device.type == "cpu" and train.precision != "fp32" and train.attention in ("auto", "blocks"),
     )  # fmt: skip
 
 
 def notes(config: Config, world: World, shards: int, recompute: bool, sequences: int) -> dict[str, str]:
     """What each of `parts` is, for people, and what their total is of. sequences: of a micro-batch."""
-    bf16, moments = config.train.precision == "bf16", config.optim.moments
+    bf16, moments = config.train.precision != "fp32", config.optim.moments
     each = f"a parameter{f', in {shards} shards' if shards > 1 else ''}"
     logits = "softmax and its gradients, 3 x fp32 x vocabulary a token"
     if uses_kernels(config, world):
@@ -198,11 +198,16 @@ def needed(config: Config, arch: Architecture, world: World) -> Callable[[int, b
     return lambda shards, recompute: sum(of(config, arch, world, shards, recompute).values())
 
 
-def largest_kept(config: Config, arch: Architecture, world: World, shards: int, room: float) -> int:
-    """The largest micro-batch up to `train.micro_batch` of which no block must be recomputed in so many bytes, or 0."""
+def largest(
+    config: Config, arch: Architecture, world: World, shards: int, recompute: bool, room: float, most: int
+) -> int:
+    """The largest micro-batch up to `most` sequences that takes no more than so many bytes, or 0."""
 
     def fits(sequences: int) -> bool:
-        smaller = replace(config, train=replace(config.train, micro_batch=sequences))
-        return sum(of(smaller, arch, world, shards, False).values()) <= room
+        return sum(of(with_micro_batch(config, sequences), arch, world, shards, recompute).values()) <= room
 
-    return next((sequences for sequences in range(config.train.micro_batch, 0, -1) if fits(sequences)), 0)
+    return next((sequences for sequences in range(most, 0, -1) if fits(sequences)), 0)
+
+
+def with_micro_batch(config: Config, sequences: int) -> Config:
+    return replace(config, train=replace(config.train, micro_batch=sequences))

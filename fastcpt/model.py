@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from fastcpt import UserError
 from fastcpt.config import Model as ModelConfig
 from fastcpt.execution import Execution
+from fastcpt.fp8 import linear as fp8_linear
 from fastcpt.kernels.gelu import bias_gelu
 from fastcpt.kernels.layer_norm import layer_norm, layer_norm_reference
 from fastcpt.kernels.qkv_rotary import qkv_rotary, qkv_rotary_reference
@@ -122,10 +123,13 @@ def resolve_architecture(config: ModelConfig, source: Architecture | None, where
 
 
 class Linear(nn.Linear):
-    """A linear layer whose fp32 parameters are cast to the dtype of its input."""
+    """A linear layer whose fp32 parameters are cast to the dtype of its input, or of the product to 8 bits."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+    def forward(self, x: Tensor, fp8: bool = False, biased: bool = True) -> Tensor:
+        bias = self.bias.to(x.dtype) if biased and self.bias is not None else None
+        if fp8:
+            y = fp8_linear(x, self.weight)
+            return y if bias is None else y + bias
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
@@ -164,9 +168,9 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], documents: Tensor | None, execution: Execution
     ) -> Tensor:
-        qkv_BTHC = self.query_key_value(x_BTD).unflatten(-1, (self.heads, -1))
+        qkv_BTHC = self.query_key_value(x_BTD, execution.fp8).unflatten(-1, (self.heads, -1))
         rotated = (qkv_rotary if execution.kernels else qkv_rotary_reference)(qkv_BTHC, *rotary)
-        return self.dense(execution.attention(*rotated, documents).flatten(-2))
+        return self.dense(execution.attention(*rotated, documents).flatten(-2), execution.fp8)
 
 
 class MLP(nn.Module):
@@ -180,10 +184,9 @@ class MLP(nn.Module):
         inner = self.dense_h_to_4h
         if execution.kernels:
             assert inner.bias is not None
-            return self.dense_4h_to_h(
-                bias_gelu(F.linear(x_BTD, inner.weight.to(x_BTD.dtype)), inner.bias, self.approximate)
-            )
-        return self.dense_4h_to_h(F.gelu(inner(x_BTD), approximate=self.approximate))
+            product_BTM = inner(x_BTD, execution.fp8, biased=False)
+            return self.dense_4h_to_h(bias_gelu(product_BTM, inner.bias, self.approximate), execution.fp8)
+        return self.dense_4h_to_h(F.gelu(inner(x_BTD, execution.fp8), approximate=self.approximate), execution.fp8)
 
 
 class Block(nn.Module):

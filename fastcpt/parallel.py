@@ -123,6 +123,7 @@ def start(parallel: str, timeout: float = 1800.0) -> World:
         )
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
+        grow_segments()
         torch.cuda.set_device(device)
     else:
         keep_memory()
@@ -134,6 +135,13 @@ def start(parallel: str, timeout: float = 1800.0) -> World:
             device_id=device if gpus else None,
         )  # fmt: skip
     return World(rank, size, device)
+
+
+def grow_segments() -> None:
+    """torch's allocator grows its segments instead of taking new ones, so that two shapes of micro-batch leave no gaps.
+    It reads these names at its first use, before which this is called; whoever set one of them has decided."""
+    if not any(f"PYTORCH_{name}ALLOC_CONF" in os.environ for name in ("", "CUDA_", "HIP_")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_memory() -> None:
@@ -165,6 +173,12 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether 8-bit products run on the hardware's own instructions."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @torch.no_grad()

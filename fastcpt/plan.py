@@ -16,6 +16,7 @@ import sys
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ WIDTH = 100  # columns of the output
 class Prepared:
     """A run that could start: what `train.setup` derives from a configuration before it builds a model.
 
+    config: with a micro-batch, which the layout's reason speaks of where it was chosen: micro_batch.
     step, samples: done before the run starts or goes on. share: sequences a step of the process that takes the most.
     machine: processes on each machine. device_bytes: memory of the device of each. gpu: which of `cost.DEVICES` it is, None:
     not said. price: of a GPU-hour, in any currency.
@@ -53,6 +55,7 @@ class Prepared:
     device_bytes: int = MEMORY_GIB << 30
     gpu: str | None = None
     price: float | None = None
+    micro_batch: str = ""
 
     @property
     def last_step(self) -> int:
@@ -78,9 +81,10 @@ class Prepared:
 
     @property
     def largest_kept(self) -> int:
-        """See `memory.largest_kept`."""
+        """The largest micro-batch up to `train.micro_batch` of which no block must be recomputed, or 0."""
         room = layout.ROOM * self.device_bytes
-        return memory.largest_kept(self.config, self.origin.arch, self.world, self.shards, room)
+        most = self.config.train.micro_batch
+        return memory.largest(self.config, self.origin.arch, self.world, self.shards, False, room, most)
 
     @property
     def tokens(self) -> int:
@@ -92,8 +96,10 @@ class Prepared:
         return guidance.fresh_moments(self.config, self.origin)
 
 
-def prepare(config: Config, processes: int) -> Prepared:
-    """The steps of `train.setup` up to the model, in its order. Raises the UserError that it would raise."""
+def prepare(config: Config, processes: int, **hardware: Any) -> Prepared:
+    """The steps of `train.setup` up to the model, in its order. Raises the UserError that it would raise.
+
+    hardware: the fields of `Prepared` from `machine` on."""
     data, train = config.data, config.train
     if processes == 1 and train.parallel not in ("auto", "single"):
         raise UserError(
@@ -112,7 +118,13 @@ def prepare(config: Config, processes: int) -> Prepared:
         (origin.state["step"], origin.state["data"]["samples"]) if origin.state and origin.keeps_position else (0, 0)
     )
     share = -(-train.batch_tokens // data.seq_len // processes)
-    return Prepared(config, processes, origin, inputs.plan, inputs.mixture, validation, step, samples, share)
+    prepared = Prepared(
+        config, processes, origin, inputs.plan, inputs.mixture, validation, step, samples, share, **hardware
+    )
+    config, note = layout.with_micro_batch(
+        config, origin.arch, prepared.world, min(processes, prepared.machine), prepared.device_bytes
+    )
+    return replace(prepared, config=config, micro_batch=note)
 
 
 @dataclass(frozen=True)
@@ -298,6 +310,7 @@ def _memory(prepared: Prepared) -> list[str]:
     notes = memory.notes(config, world, prepared.shards, recompute, min(config.train.micro_batch, prepared.share))
     rows = [*parts.items(), ("total", sum(parts.values()))]
     shown = [f"  {name:<12} {size(value):>12}   {notes[name]}" for name, value in rows if value]
+    why = f"{why}; {prepared.micro_batch}" if prepared.micro_batch else why
     where = "Triton kernels" if memory.uses_kernels(config, world) else "torch kernels; --gpu says it for a GPU"
     return [_fold("layout", f"{kind}: {why}"), f"memory of a process, {config.train.precision}, {where}", *shown]
 
@@ -383,8 +396,8 @@ def main(arguments: list[str]) -> int:
                 f"--price {known.price!r}: write the price of a GPU-hour, a number above 0, and --gpu NAME",
             )
     room = int(cost.DEVICES[known.gpu].memory) if known.gpu else MEMORY_GIB << 30
-    prepared = replace(
-        prepare(parse(rest), int(known.gpus)), machine=int(known.per_machine), gpu=known.gpu, price=price,
+    prepared = prepare(
+        parse(rest), int(known.gpus), machine=int(known.per_machine), gpu=known.gpu, price=price,
         device_bytes=int(known.memory) << 30 if known.memory else room,
     )  # fmt: skip
     print(render(prepared, BLOCKS if (sys.stdout.encoding or "").lower().startswith("utf") else ASCII))

@@ -79,7 +79,7 @@ def setup(config: Config) -> State:
     execution = Execution.choose(
         train, world.device, origin.arch.head_width, config.data.seq_len, config.data.document_mask
     )
-    spread = Layout.of(config, origin.arch, world)
+    spread, config = Layout.of(config, origin.arch, world)
     with torch.device("meta"):
         model = GPTNeoX(origin.arch, execution)
     spread.prepare(model, execution.dtype, train.compile)
@@ -111,7 +111,7 @@ def setup(config: Config) -> State:
     )  # fmt: skip
     if origin.state is not None:
         load_(state)
-    state.forward = spread.finish(model)
+    state.forward = spread.finish(model, train.compile)
     return state
 
 

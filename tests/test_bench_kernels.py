@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import stat
 import subprocess
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastcpt import attention
 from fastcpt.attention import Backend
-from fastcpt.benchmarks import bench_kernels, timing
+from fastcpt.benchmarks import bench_kernels, timing, visit
 from fastcpt.benchmarks.timing import Case, Limit, Row, Run
 from fastcpt.kernels import adamw, cross_entropy, gelu, layer_norm, linear_cross_entropy, qkv_rotary
 from fastcpt.model import Architecture
@@ -398,17 +399,46 @@ def test_a_visit_goes_on_after_a_failure(gpu: bool, tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr == "", done
     with open(tmp_path / "visit" / "steps.csv", newline="") as file:
         codes = {line["step"]: int(line["exit_code"]) for line in csv.DictReader(file)}
-    native = {f"test_{name}" for name in BENCHES if (VISIT.parent.parent / "tests" / f"test_{name}.py").exists()}
-    steps = {"nvidia_smi", "install", "versions", *({*native, "static"} if gpu else ())}
+    tests = [*BENCHES, "gpu", "optim"]
+    native = {f"test_{name}" for name in tests if (VISIT.parent.parent / "tests" / f"test_{name}.py").exists()}
+    trained = {f"{what}_{name}" for what in ("run", "bench_train") for name in visit.TOKENS}
+    steps = {"nvidia_smi", "install", "versions", "bench_data", *({*native, "static", *trained} if gpu else ())}
     assert codes.keys() == steps | {f"bench_{name}" for name in BENCHES}
     assert {step for step, code in codes.items() if code} == {"install", "bench_gelu"} and codes["bench_gelu"] == 7
     log = (tmp_path / "visit" / "visit.log").read_text()
     assert "gelu is wrong" in log and "a card" in log
     assert f"bench_kernels adamw --output {tmp_path}/visit" in log
     assert ("no GPU: native tests are skipped" in log) != gpu
+    assert (f"bench train --model pythia-1.4b --output {tmp_path}/visit" in log) == gpu
     assert done.stdout.splitlines()[-1].endswith("of the steps, 2 failed")
 
 
 def test_a_visit_takes_a_folder() -> None:
     done = subprocess.run(["bash", str(VISIT)], check=False, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr == f"usage: {VISIT} FOLDER\n"
+    assert done.returncode == 2 and done.stderr == f"usage: {VISIT} FOLDER [PART...]\n"
+    for parts in (["nothing"], ["data", "trains"]):
+        done = subprocess.run(
+            ["bash", str(VISIT), "visit", *parts], check=False, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2 and done.stderr == f"{VISIT}: {parts[-1]}: no such part\n"
+
+
+def test_a_part_of_a_visit(tmp_path: Path) -> None:
+    stub(tmp_path / "python", 'case "$*" in *cuda.is_available*) exit 0 ;; *) echo "ran $*" ;; esac')
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python")}
+    command = ["bash", str(VISIT), str(tmp_path / "visit"), "runs", "data"]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done
+    with open(tmp_path / "visit" / "steps.csv", newline="") as file:
+        found = {line["step"] for line in csv.DictReader(file)} - {"nvidia_smi"}
+    assert found == {"versions", "bench_data", *(f"run_{name}" for name in visit.TOKENS)}
+
+
+def test_a_run_of_a_visit_is_one_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nine steps of two sequences, on CPU: a line of every second one and the last, a checkpoint, and the memory used."""
+    options = ["--train.compile=false", "--train.precision=fp32", "--model.layers=1"]
+    assert visit.main("pythia-14m", tmp_path, 9 * 64, 64, 32, options) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run_pythia-14m.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 9] and all(line["tokens_per_second"] > 0 for line in lines)
+    assert "micro-batches of 2 of its 2 sequences: all of them fit" in capsys.readouterr().out
+    assert visit.main("pythia-14m", tmp_path, 64, 64, 32, ["--optim.lr=-1"]) == 2

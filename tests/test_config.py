@@ -100,7 +100,7 @@ def test_what_is_not_given_is_what_pythia_and_the_paper_used(load: Callable) -> 
     }  # fmt: skip
     assert smallest["model"] == dict.fromkeys(example["model"])
     assert smallest["init"] == {"from": "scratch", "optimizer": "reset", "branch": False, "force": False}
-    own = {"tokens": 1_000_000, "batch_tokens": 4096, "micro_batch": 8}
+    own = {"tokens": 1_000_000, "batch_tokens": 4096, "micro_batch": 0}
     assert smallest["train"] == example["train"] | own
     assert smallest["optim"] == example["optim"] | {"lr": 1e-3}
     assert smallest["schedule"] == example["schedule"]
@@ -267,7 +267,7 @@ def test_what_is_written_is_what_is_read(load: Callable, text: str) -> None:
         ("1M", "1.5", '"train.tokens": Not of type Count: 1.5 is not a whole number'),
         ("weight: 1", "weight: heavy", "\"weight\": Expected a <class 'float'>"),
         ("4096", "4096, seed: 1.5", "\"train.seed\": Expected a <class 'int'>"),
-        ("4096", "4096, compile: 2", "\"train.compile\": Expected a <class 'bool'>"),
+        ("4096", "4096, compile: 2", "typing.Literal['blocks', 'graphs'] - Expected a <class 'bool'>"),
         ("4096", "4096, precision: fp16", '"train.precision"'),
         ("run:", "init: {from: 5}\nrun:", '"init.from"'),
         ("run:", "schedule: {kind: quadratic}\nrun:", '"schedule.kind"'),
@@ -342,7 +342,7 @@ BRANCH = {"from_": "runs/a", "branch": True}
     [
         ({"data": {"seq_len": 0}}, "data.seq_len is 0; it must be at least 1"),
         ({"train": {"tokens": Count(0)}}, "train.tokens is 0"),
-        ({"train": {"micro_batch": 0}}, "train.micro_batch is 0"),
+        ({"train": {"micro_batch": -1}}, "train.micro_batch is -1"),
         ({"run": {"log_every": 0}}, "run.log_every is 0"),
         ({"run": {"eval_every": -1}}, "run.eval_every is -1"),
         ({"run": {"save_every": 0}}, "run.save_every is 0"),

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from fastcpt import UserError, layout, memory, metrics, parallel, trees
-from fastcpt.config import Count, Train
+from fastcpt.config import Config, Count, Train
 from fastcpt.model import PRESETS
+from fastcpt.parallel import World
 
 STEPS = 3
 
@@ -344,6 +345,62 @@ def test_the_choice_of_recomputation(
     if again and recompute == "auto":
         assert f"{needed[shards]}.0 of 80.0 GiB, this {needed[shards] - 10}.0 of" in why
     assert ("does not fit" in why) == (needed[shards] - 10 * again > 72)
+
+
+def fitting(config: Config, room: int, size: int = 1, device: str = "cuda") -> tuple[int, str]:
+    world = World(0, size, torch.device(device))
+    chosen, why = layout.with_micro_batch(config, PRESETS["pythia-410m"], world, min(size, 8), room)
+    assert replace(chosen, train=replace(chosen.train, micro_batch=0)) == config
+    return chosen.train.micro_batch, why
+
+
+@pytest.mark.parametrize(
+    ("sequences", "size", "fits", "expected"),
+    [
+        (64, 1, 12, 8),  # 8 divides 64
+        (60, 1, 12, 12),
+        (34, 1, 12, 12),  # the largest divisor is 2: three parts of 12, 12 and 10
+        (37, 1, 12, 10),  # four: 10, 10, 10 and 7, not 12, 12, 12 and 1
+        (5, 1, 12, 5),
+        (64, 4, 12, 8),
+        (30, 4, 12, 8),  # 7 or 8 sequences a process
+        (18, 4, 4, 3),  # 4 or 5: with 4 some processes would take one micro-batch and others two
+        (128, 1, 40, 32),  # 65,536 tokens
+    ],
+)
+def test_a_micro_batch_fits(tiny_config: Callable, sequences: int, size: int, fits: int, expected: int) -> None:
+    """Of exactly as much memory as `fits` sequences need; and never more than that, whatever the batch."""
+    settings = {"batch_tokens": Count(sequences * 2048), "micro_batch": 0, "precision": "bf16", "recompute": "none"}
+    config = tiny_config(data={"seq_len": 2048}, train=settings | {"parallel": "ddp" if size > 1 else "single"})
+
+    def needed(number: int) -> int:
+        given = replace(config, train=replace(config.train, micro_batch=number))
+        whole = replace(given.train, batch_tokens=Count(size * 64 * 2048))  # so that none is cut to a process's share
+        return memory.needed(replace(given, train=whole), PRESETS["pythia-410m"], World(0, size, torch.device("cuda")))(
+            1, False
+        )
+
+    room = int(needed(fits) / layout.ROOM) + 1
+    chosen, why = fitting(config, room, size)
+    assert chosen == expected and needed(chosen) <= layout.ROOM * room < needed(fits + 1)
+    share = -(-sequences // size)
+    bound = "all of them fit" if share <= fits else "more than 32 are no faster" if fits > 32 else f"at most {fits} fit"
+    assert why == f"micro-batches of {chosen} of its {share} sequences: {bound}"
+
+
+def test_a_micro_batch_is_chosen_for_the_layout_that_is_taken(tiny_config: Callable) -> None:
+    """Where one sequence fits without recomputation there is none; where none does, blocks are recomputed, and more fit."""
+    train = {"batch_tokens": Count(64 * 2048), "micro_batch": 0, "precision": "bf16"}
+    config = tiny_config(data={"seq_len": 2048}, train=train)
+    kept = memory.needed(memory.with_micro_batch(config, 1), PRESETS["pythia-410m"], World(0, 1, torch.device("cuda")))
+    rooms = [int(kept(1, recompute) / layout.ROOM) + 1 for recompute in (False, True)]
+    assert fitting(config, rooms[0])[0] == 1 and fitting(config, rooms[0] - 2)[0] > 1
+    assert fitting(config, rooms[1] - 2) == (1, "micro-batches of 1 of its 64 sequences: at most 1 fit")
+    assert fitting(config, 80 * GIB, device="cpu") == (
+        8, "micro-batches of 8 of its 64 sequences: more than 8 are no faster"
+    )  # fmt: skip
+    said = replace(config, train=replace(config.train, micro_batch=3))
+    assert layout.with_micro_batch(said, PRESETS["pythia-410m"], World(0, 1, torch.device("cpu")), 1, 1) == (said, "")
 
 
 def test_a_fixed_order_takes_whole_micro_batches(trained: Callable) -> None:

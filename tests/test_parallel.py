@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -135,6 +136,28 @@ def test_a_launch_decides_rank_and_device(launch: Callable) -> None:
     assert launch("single", gpus=8) == World(0, 1, torch.device("cuda", 0))
     assert launch("auto", size=3, rank=2, local_rank=2) == World(2, 3, cpu)
     assert launch("ddp", gpus=4, size=16, rank=13, local_rank=1) == World(13, 16, torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize("said", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_segments_grow_unless_the_user_says_otherwise(
+    launch: Callable, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """Asked of torch itself, in a process that has the environment this one then has."""
+    for name in ("", "CUDA_", "HIP_"):
+        monkeypatch.delenv(f"PYTORCH_{name}ALLOC_CONF", raising=False)
+    if said:
+        monkeypatch.setenv(said, "max_split_size_mb:64")
+    launch("auto")
+    assert ("PYTORCH_ALLOC_CONF" in os.environ) == (said == "PYTORCH_ALLOC_CONF")
+    before = dict(os.environ)
+    launch("auto", gpus=1)
+    if said:
+        assert dict(os.environ) == before
+        return
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", os.environ["PYTORCH_ALLOC_CONF"])  # so that it goes with the test
+    ask = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
+    done = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "expandable_segments:True\n"
 
 
 @pytest.mark.parametrize("setting", ["auto", "ddp"])
