@@ -5,7 +5,7 @@
     fastcpt plan --table            every Pythia on 1, 8, 64 and 512 of each GPU
 
 Formulas alone: no weight is read, no model is built, nothing is written. What `train` would refuse is refused here, by
-the same functions. The arithmetic is pure functions, tested on their values; `render` makes the text.
+the same functions.
 """
 
 import argparse
@@ -360,8 +360,7 @@ def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the plan of `--config FILE [--gpus N] [--per-machine M] [--memory GIB] [--gpu NAME [--price P]]
-    [--section.field VALUE ...]`, or `--table`. Raises UserError."""
+    """Prints the plan that a command's options ask for, or the table. Raises UserError."""
     parser = argparse.ArgumentParser("fastcpt plan", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpus", default=os.environ.get("WORLD_SIZE", "1"))
     parser.add_argument("--per-machine", default=str(PER_MACHINE))
@@ -384,17 +383,14 @@ def main(arguments: list[str]) -> int:
             )
     if known.gpu is not None and known.gpu not in cost.DEVICES:
         raise UserError("gpu-unknown", f"--gpu {known.gpu!r} is unknown; known are {', '.join(cost.DEVICES)}")
-    price = None
-    if known.price is not None:
-        try:
-            price = float(known.price)
-        except ValueError:
-            price = -1.0
-        if known.gpu is None or not 0 < price < math.inf:
-            raise UserError(
-                "price-invalid",
-                f"--price {known.price!r}: write the price of a GPU-hour, a number above 0, and --gpu NAME",
-            )
+    try:
+        price = None if known.price is None else float(known.price)
+    except ValueError:
+        price = -1.0
+    if price is not None and (known.gpu is None or not 0 < price < math.inf):
+        raise UserError(
+            "price-invalid", f"--price {known.price!r}: write the price of a GPU-hour, a number above 0, and --gpu NAME"
+        )
     room = int(cost.DEVICES[known.gpu].memory) if known.gpu else MEMORY_GIB << 30
     prepared = prepare(
         parse(rest), int(known.gpus), machine=int(known.per_machine), gpu=known.gpu, price=price,

@@ -29,19 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcpt import (
-    UserError,
-    checkpoint,
-    evaluation,
-    guidance,
-    hf,
-    lineage,
-    metrics,
-    parallel,
-    profiling,
-    replicas,
-    saving,
-)
+from fastcpt import UserError, checkpoint, evaluation, guidance, hf, lineage, metrics, parallel, profiling, replicas
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
@@ -52,8 +40,9 @@ from fastcpt.loss import sums_by_source
 from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
 from fastcpt.replicas import Drifted
+from fastcpt.saving import finishing
 from fastcpt.signals import Preempted
-from fastcpt.state import State, load_, local_tensors, named_tensors, save
+from fastcpt.state import State, describe, load_, local_tensors, named_tensors, save
 from fastcpt.trees import Tree, order
 from fastcpt.watch import Watch
 
@@ -207,28 +196,7 @@ def evaluate(state: State, passing: Callable[[], None] = lambda: None) -> dict[s
     }
 
 
-def describe(state: State) -> str:
-    """The run's arithmetic, for people."""
-    config, world, plan, arch = state.config, state.world, state.plan, state.model.arch
-    train, seq_len = config.train, config.data.seq_len
-    flops = metrics.flops_per_token(arch, seq_len)
-    micro_batches = -(-train.batch_tokens // seq_len // (world.size * train.micro_batch))
-    precision = str(state.model.execution.dtype).removeprefix("torch.")
-    note = " (no bf16 instructions here)" if (train.precision, precision) == ("bf16", "float32") else ""
-    where = {"scratch": "new weights", "resume": f"step {state.step}"}.get(state.origin.kind, config.init.from_)
-    how, following = "compiled" if train.compile else "eager", min(state.step + 1, state.last_step)
-    return (
-        f"{state.origin.kind}: {where}; {metrics.parameter_count(arch):,} parameters, {flops / 1e9:.3g} GFLOP a token\n"
-        f"{plan.steps:,} steps of {train.batch_tokens:,} tokens: {world.size} x {micro_batches} micro-batches of up to "
-        f"{train.micro_batch} x {seq_len}\n"
-        f"learning rate, {plan.kind}: {plan.describe()}; {plan.rate(following):.3g} at step {following:,}\n"
-        f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
-        f"{state.layout.kind}: {state.layout.why}\n"
-        f"writes to {config.run.output}"
-    )
-
-
-@saving.finishing()
+@finishing()
 def train(config: Config) -> State:
     """Trains to the last step; started again with the same output it goes on from its newest checkpoint.
 

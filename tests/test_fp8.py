@@ -110,7 +110,7 @@ def test_fp8_takes_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Train(
         tokens=Count(1), batch_tokens=Count(1), precision="fp8", attention="sdpa", kernels="torch", loss="full"
     )
-    choose: Callable[..., Execution] = lambda seq_len=2048: Execution.choose(  # noqa: E731
+    choose: Callable[..., Execution] = lambda seq_len=2048: Execution.choose(
         settings, torch.device("cuda"), 64, seq_len, False
     )
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0)):
