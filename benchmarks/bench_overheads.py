@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastcpt.benchmarks import overheads_run
 from fastcpt.benchmarks.bench_data import Row, real_set, table
 from fastcpt.benchmarks.timing import facts
 
@@ -58,7 +57,13 @@ def run(case: Case, folder: Path, name: str, cache: Path, steps: int, settings: 
     file, log = folder / f"{name}.json", folder / f"{name}.log"
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with open(log, "w") as output:
-        command = [sys.executable, overheads_run.__file__, str(time.time()), str(file), *arguments]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("overheads_run.py")),
+            str(time.time()),
+            str(file),
+            *arguments,
+        ]
         code = subprocess.run(command, check=False, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
     assert code == 0, f"{name} ended with code {code}:\n{log.read_text()[-4000:]}"
     found: Spans = json.loads(file.read_text())

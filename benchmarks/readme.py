@@ -66,6 +66,18 @@ def _rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def _numbers(name: str, left_out: tuple[str, ...] = ()) -> str:
+    """A table of numbers, one a row; left_out: how cases begin that are not shown."""
+    rows = _rows(name)
+    out = [f"| {rows[0]['device']} | | | target |", "|---|---|---|---|"]
+    for row in rows:
+        if not row["case"].startswith(left_out):
+            value = float(row["value"])
+            number = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+            out.append(f"| {row['what']} | {row['case']} | {number} {row['unit']} | {row['target']} |")
+    return "\n".join(out)
+
+
 def kernels_table() -> str:
     """Of each kernel, over all that the presets launch: the most registers of a chip, spills, and its narrow accesses."""
     rows, chips = _rows("kernels_static.csv"), ("80", "90", "100")
@@ -142,15 +154,12 @@ def train_table() -> str:
 
 def data_table() -> str:
     """What reading costs, of the larger batches alone."""
-    rows = _rows("data.csv")
-    left_out = ("8 x 1024", "64 x 1024", "8 x 2048")
-    out = [f"| {rows[0]['device']} | | | target |", "|---|---|---|---|"]
-    for row in rows:
-        if not row["case"].startswith(left_out):
-            value = float(row["value"])
-            number = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-            out.append(f"| {row['what']} | {row['case']} | {number} {row['unit']} | {row['target']} |")
-    return "\n".join(out)
+    return _numbers("data.csv", left_out=("8 x 1024", "64 x 1024", "8 x 2048"))
+
+
+def overheads_table() -> str:
+    """What a run does beside its model."""
+    return _numbers("overheads.csv")
 
 
 def predictions_table() -> str:
@@ -174,6 +183,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "lm_eval": lm_eval_table,
     "config": config_table,
     "data": data_table,
+    "overheads": overheads_table,
     "kernels": kernels_table,
     "traffic": traffic_table,
     "kernels_cpu": kernels_cpu_table,

@@ -180,7 +180,8 @@ class Profile:
     """
 
     def __init__(self, state: State) -> None:
-        run, self._state, self._profiler = state.config.run, state, None
+        run, self._state = state.config.run, state
+        self._profiler: Any = None
         self._folder = Path(run.output) / "profile"
         self._begin: int | None = None
         if run.profile >= state.last_step > state.step:
