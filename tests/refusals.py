@@ -278,7 +278,9 @@ def _said(node: ast.AST) -> tuple[list[ast.expr], list[str]]:
         return parts, [f"input-{text.lower().replace(' ', '-')}" for text in strings[:1] if isinstance(text, str)]
     if isinstance(node, ast.Tuple):
         strings = strings[-1:]
-    return parts, [text for text in strings if isinstance(text, str) and re.fullmatch(r"[a-z]+(-[a-z0-9]+)+", text)]
+    return parts, [
+        text for text in strings if isinstance(text, str) and re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)+", text)
+    ]
 
 
 def template(node: ast.AST) -> str:
