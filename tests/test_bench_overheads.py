@@ -72,5 +72,5 @@ def test_the_first_step_counts_from_the_command() -> None:
 
 
 def test_a_run_that_fails_is_shown(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="ended with code 2:\n(.|\n)*manifest"):
+    with pytest.raises(AssertionError, match=r"ended with code 2:\n(.|\n)*manifest"):
         bench_overheads.run(TINY, tmp_path, "run", tmp_path / "cache", 1)
