@@ -29,12 +29,12 @@ def main(started: float, file: Path, arguments: list[str]) -> int:
         return timed
 
     def imports() -> Any:
-        from fastcpt import cli, train
+        from fastcpt import train
 
-        return cli, train
+        return train
 
     spans["interpreter"] = [(0.0, time.perf_counter() - zero)]
-    cli, train = clock("imports", imports)()
+    train = clock("imports", imports)()
     from fastcpt import optim
     from fastcpt.model import GPTNeoX
 
@@ -54,7 +54,7 @@ def main(started: float, file: Path, arguments: list[str]) -> int:
             yield windows
 
     train.batches = batches
-    code: int = clock("all", cli.main)(["train", *arguments])
+    code: int = train.main(arguments)
     file.write_text(json.dumps(spans))
     return code
 

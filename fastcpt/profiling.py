@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -176,7 +176,8 @@ class Profile:
 
     The three steps begin after step `run.profile`. A run that goes on from a later one, or was stopped among them, is
     profiled after its first step instead, in which it compiles; one that has its table is not profiled again. Must be
-    made before anything is compiled. Raises UserError where the run ends before.
+    made before anything is compiled; on CPU such a run takes over nothing that one without a profile compiled. Raises
+    UserError where the run ends before.
     """
 
     def __init__(self, state: State) -> None:
@@ -214,9 +215,9 @@ class Profile:
         elif step == last and self._profiler is not None:
             self._finish(step - self._begin)
 
-    def _record_memory(self, what: str | None) -> None:
+    def _record_memory(self, what: Literal["all"] | None) -> None:
         if self._state.world.device.type == "cuda":
-            torch.cuda.memory._record_memory_history(what, stacks="python")  # type: ignore[arg-type]
+            torch.cuda.memory._record_memory_history(what, stacks="python")
 
     def _wait(self) -> None:
         if self._state.world.device.type == "cuda":
