@@ -39,7 +39,7 @@ class _Linear(torch.autograd.Function):
         return _product(x, (weight[0].t(), weight[1]), x_ND.dtype, fast=True)
 
     @staticmethod
-    def backward(ctx: Any, dy_NE: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dy_NE: Tensor) -> tuple[Tensor, Tensor]:
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         dy, dy_scale = quantize(dy_NE, BACKWARD)
         dx_ND = _product((dy, dy_scale), (weight, weight_scale), ctx.dtypes[0], fast=False)

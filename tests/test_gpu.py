@@ -232,7 +232,7 @@ def test_graphs_take_one_process_on_a_gpu(config: Callable[..., Config], meta: N
             alone.prepare(GPTNeoX(Architecture(1, 8, 1, vocab_size=8)), torch.float32, "graphs")
     gpu = Layout("single", "", World(0, 1, torch.device("cuda")))
     for layout in (replace(gpu, kind="ddp"), replace(gpu, tree=True)):
-        with pytest.raises(UserError, match="takes one process on a GPU and not train.deterministic"):
+        with pytest.raises(UserError, match=r"takes one process on a GPU and not train\.deterministic"):
             layout.prepare(GPTNeoX(Architecture(1, 8, 1, vocab_size=8)), torch.float32, "graphs")
     model = GPTNeoX(Architecture(1, 8, 1, vocab_size=8))
     asked: list[dict[str, Any]] = []

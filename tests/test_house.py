@@ -73,10 +73,16 @@ def test_imports_go_one_way(module: str) -> None:
         assert outside <= {"rich"} and not used
     if module == "fastcpt.model":
         kernels = {f"fastcpt.kernels.{name}" for name in ("gelu", "layer_norm", "qkv_rotary")}
-        assert used == {"fastcpt.config", "fastcpt.execution", "fastcpt.loss", "fastcpt.parallel"} | kernels
+        assert (
+            used == {"fastcpt.config", "fastcpt.execution", "fastcpt.fp8", "fastcpt.loss", "fastcpt.parallel"} | kernels
+        )
     if module == "fastcpt.data":
         assert used == {"fastcpt.shards"}
-    if module.startswith("fastcpt.") and module not in ("fastcpt.cli", "fastcpt.demo", "fastcpt.benchmarks.train_rivals"):
+    if module.startswith("fastcpt.") and module not in (
+        "fastcpt.cli",
+        "fastcpt.demo",
+        "fastcpt.benchmarks.train_rivals",
+    ):
         assert "fastcpt.train" not in used
         assert module.startswith("fastcpt.benchmarks") or "fastcpt.benchmarks" not in used
     if module == "fastcpt.train":
