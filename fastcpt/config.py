@@ -237,8 +237,8 @@ def check(config: Config) -> None:
         ("run.keep", run.keep), ("run.eval_tokens", run.eval_tokens),
     ):  # fmt: skip
         require(value >= 1, f"{name} is {value}; it must be at least 1")
-    micro = train.micro_batch
-    require(micro >= 0, f"train.micro_batch is {micro}; it must be at least 1, or 0 for what fits")
+    micro = f"train.micro_batch is {train.micro_batch}; it must be at least 1, or 0 for what fits"
+    require(train.micro_batch >= 0, micro)
     require(run.keep_every >= 0, f"run.keep_every is {run.keep_every}; it must be a number of steps, or 0 for none")
     require(
         train.batch_tokens >= data.seq_len and train.batch_tokens % data.seq_len == 0,
