@@ -67,7 +67,7 @@ GPU_CASES = tuple(
 )
 CPU_RIVALS = (
     "transformers fp32", "transformers sdpa fp32", "transformers sdpa bf16", "transformers compiled", "litgpt",
-    "litgpt compiled",
+    "litgpt compiled", f"transformers compiled{train_rivals.KEPT}", f"litgpt compiled{train_rivals.KEPT}",
 )  # fmt: skip
 GPU_RIVALS = ("transformers sdpa bf16", "transformers compiled", "transformers Liger", "litgpt compiled")
 PAIRS = 5  # turns of each
@@ -172,7 +172,7 @@ def prepare(case: Case, folder: Path) -> None:
     tokens = generator.zipf(1.2, (count, case.batch, case.seq_len + 1)) % (case.arch.vocab_size - 1) + 1
     np.save(folder / "batches.npy", tokens)
     real_set(folder / "shards", [50 * case.seq_len], seed=0, vocab_size=case.arch.vocab_size)
-    job = {"batches": count, "micro_batch": case.micro_batch, "seq_len": case.seq_len}
+    job = {"batches": count, "micro_batch": case.micro_batch, "seq_len": case.seq_len, "compile": True}
     (folder / "job.json").write_text(json.dumps(job))
 
 

@@ -66,6 +66,18 @@ def _rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def _numbers(name: str, left_out: tuple[str, ...] = ()) -> str:
+    """A table of numbers, one a row; left_out: how cases begin that are not shown."""
+    rows = _rows(name)
+    out = [f"| {rows[0]['device']} | | | target |", "|---|---|---|---|"]
+    for row in rows:
+        if not row["case"].startswith(left_out):
+            value = float(row["value"])
+            number = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+            out.append(f"| {row['what']} | {row['case']} | {number} {row['unit']} | {row['target']} |")
+    return "\n".join(out)
+
+
 def kernels_table() -> str:
     """Of each kernel, over all that the presets launch: the most registers of a chip, spills, and its narrow accesses."""
     rows, chips = _rows("kernels_static.csv"), ("80", "90", "100")
@@ -122,17 +134,32 @@ def prep_table() -> str:
     return "\n".join([*out, "", f"{rows[0]['text']}."])
 
 
+def train_table() -> str:
+    """The training step beside its rivals', a model after the other."""
+    rows = _rows("train.csv")
+    out = [
+        f"| {rows[0]['device']}, torch {rows[0]['torch']} | | tokens/s | ours to it | of matmul, full / causal | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row["implementation"] == "fastcpt"
+        share = f"{float(row['mfu_full']):.0f}% / {float(row['mfu_causal']):.0f}%"
+        ratio = "" if ours else f"{float(row['ratio_to_ours']):.2f}x"
+        out.append(
+            f"| {row['case']} | {row['implementation']} | {float(row['tokens_per_s']):,.0f} | {ratio} | {share} "
+            f"| {float(row['peak_mb']):,.0f} |"
+        )
+    return "\n".join(out)
+
+
 def data_table() -> str:
     """What reading costs, of the larger batches alone."""
-    rows = _rows("data.csv")
-    left_out = ("8 x 1024", "64 x 1024", "8 x 2048")
-    out = [f"| {rows[0]['device']} | | | target |", "|---|---|---|---|"]
-    for row in rows:
-        if not row["case"].startswith(left_out):
-            value = float(row["value"])
-            number = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-            out.append(f"| {row['what']} | {row['case']} | {number} {row['unit']} | {row['target']} |")
-    return "\n".join(out)
+    return _numbers("data.csv", left_out=("8 x 1024", "64 x 1024", "8 x 2048"))
+
+
+def overheads_table() -> str:
+    """What a run does beside its model."""
+    return _numbers("overheads.csv")
 
 
 def predictions_table() -> str:
@@ -156,6 +183,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "lm_eval": lm_eval_table,
     "config": config_table,
     "data": data_table,
+    "overheads": overheads_table,
     "kernels": kernels_table,
     "traffic": traffic_table,
     "kernels_cpu": kernels_cpu_table,

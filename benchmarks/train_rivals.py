@@ -13,6 +13,7 @@ Every implementation trains fp32 weights with AdamW and clips to a norm of 1; ma
 
 # mypy: disable-error-code="import-not-found, import-untyped"
 
+import ctypes
 import importlib.metadata
 import json
 import resource
@@ -50,7 +51,7 @@ def ours(folder: Path, job: dict[str, Any], device: torch.device) -> Step:
             ),
             train=config.Train(
                 tokens=config.Count(100_000 * batch * (length - 1)), batch_tokens=config.Count(batch * (length - 1)),
-                micro_batch=job["micro_batch"],
+                micro_batch=job["micro_batch"], compile=job["compile"],
             ),
             optim=config.Optim(**OPTIM),
             schedule=config.Schedule(kind="constant", warmup=0),
@@ -173,6 +174,15 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[..., Step], dict[str, Any], tuple[str,
     "litgpt": (litgpt, {"compiled": False}, ("litgpt",)),
     "litgpt compiled": (litgpt, {"compiled": True}, ("litgpt",)),
 }
+# A rival as it is, but for what fastcpt sets of the C library on a CPU (`parallel.keep_memory`).
+KEPT = ", memory kept"
+
+
+def keep_memory() -> None:
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):
+            library.mallopt(parameter, value)
 
 
 def profile(step: Callable[[], Any], count: int, device: torch.device) -> dict[str, Any]:
@@ -204,7 +214,9 @@ def profile(step: Callable[[], Any], count: int, device: torch.device) -> dict[s
 
 
 def main(name: str, folder: Path, device: torch.device) -> None:
-    make, options, modules = IMPLEMENTATIONS[name]
+    make, options, modules = IMPLEMENTATIONS[name.removesuffix(KEPT)]
+    if name.endswith(KEPT):
+        keep_memory()
     job = json.loads((folder / "job.json").read_text())
     try:
         step = make(folder, job, device, **options)

@@ -250,6 +250,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         from fastcpt.benchmarks import bench_data
 
         bench_data.main(output)
+    elif arguments.what == "overheads":
+        from fastcpt.benchmarks import bench_overheads
+
+        bench_overheads.main(output)
     elif arguments.what == "predictions":
         from fastcpt.benchmarks import predictions
 
@@ -268,9 +272,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["kernels", "train", "prep", "data", "predictions"],
+        choices=["kernels", "train", "prep", "data", "overheads", "predictions"],
         help="kernels: times beside their rivals; on CPU those that have a path of their own; train: the training step, "
-        "prep: `fastcpt prep`, likewise; data: reading; predictions: those of `fastcpt plan --gpu` beside published runs",
+        "prep: `fastcpt prep`, likewise; data: reading; overheads: what a run does beside its model, and before its first "
+        "step; predictions: those of `fastcpt plan --gpu` beside published runs",
     )
     parser.add_argument(
         "--static", action="store_true", help="instead, without a GPU: registers, spills, access widths, bytes moved"

@@ -10,31 +10,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from fastcpt import PASSWORD, UserError
 from fastcpt.imports import without_imports
-
-
-class Count(int):
-    """A number of tokens: 1000, 2_260_992, 250B, 1.5M, 2.5e11."""
-
-    UNITS: ClassVar = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-    @classmethod
-    def parse(cls, text: Any) -> "Count":
-        # Two digits of exponent: a billion of them would be a number that fills the memory.
-        pattern = r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+]?[0-9]{1,2})?)([KMBT]?)"
-        match = re.fullmatch(pattern, str(text).strip(), re.IGNORECASE)
-        if match is None:
-            raise ValueError(f"{text!r} is not a number of tokens; write it as 250B, 2.5e11 or 2_260_992")
-        # Exact: as floats, 1.005 * 10**6 is not whole.
-        value = Fraction(match[1].replace("_", "")) * cls.UNITS[match[2].upper()]
-        if value.denominator != 1:
-            raise ValueError(f"{text!r} is not a whole number of tokens")
-        return cls(value.numerator)
+from fastcpt.units import Count, is_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +125,7 @@ class Train:
     loss: Literal["auto", "full", "blocks"] = "auto"
     """blocks: never more than a block of the logits in memory, slower on a GPU. auto: blocks on CPU, full on a GPU."""
     attention: Literal["auto", "sdpa", "blocks", "cudnn", "flash2", "flash3", "flash4", "varlen"] = "auto"
-    """auto: the fastest that is installed and fits the GPU; sdpa on CPU."""
+    """auto: the fastest that is installed and fits the GPU; on CPU blocks in bf16, else sdpa."""
     skip_spikes: float = 0.0
     """Skip steps whose loss or gradient norm is so many standard deviations above the last 128 steps' mean; 0: none."""
 
@@ -167,16 +148,26 @@ class Optim:
     """Dtype of Adam's moments; bf16 ones take half the memory and are rounded stochastically."""
 
 
+Kind = Literal[
+    "constant", "cosine", "cosine_clipped", "linear", "inverse_sqrt",
+    "wsd", "wsd_linear", "wsd_cosine", "wsd_exponential", "infinite", "infinite_inverse_sqrt", "decay_only", "anneal",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The learning rate over the steps of the run."""
 
-    kind: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up."""
-    warmup: float = 0.01
-    """Linear warm-up: below 1 a fraction of the steps, from 1 on a number of steps."""
+    kind: Kind = "cosine"
+    """After the warm-up: one shape to the end; wsd and infinite: constant, then a decay; decay_only and anneal: in a branch."""
+    warmup: float | str = 0.01
+    """Linear warm-up: below 1 a fraction of the steps, from 1 on a number of steps, as text (2B) tokens."""
+    cooldown: float | str | None = None
+    """Of infinite: how long the rate falls from the peak to half-way between peak and end; 0.6 unless given."""
+    decay: float | str | None = None
+    """Of wsd and infinite: how long the last decay takes; wsd 0.1, infinite 0.14 unless given. Between, it is constant."""
     min_lr_ratio: float = 0.1
-    """Where the cosine ends, relative to the peak."""
+    """Where the rate ends, relative to the peak (of a branch: to its checkpoint's rate)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +196,8 @@ class Run:
     """Seconds without progress after which a run ends, naming the hung process; five times as many where it may compile."""
     check_every: int = 0
     """Steps a comparison of the replicas' weights, beside the one before each checkpoint; 0: no other."""
+    profile: int = 0
+    """The step after which three are profiled, into profile/ of the run's folder; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +230,10 @@ def check(config: Config) -> None:
         ("run.keep", run.keep), ("run.eval_tokens", run.eval_tokens),
     ):  # fmt: skip
         require(value >= 1, f"{name} is {value}; it must be at least 1")
-    micro = f"train.micro_batch is {train.micro_batch}; it must be at least 1, or 0 for what fits"
-    require(train.micro_batch >= 0, micro)
-    require(run.keep_every >= 0, f"run.keep_every is {run.keep_every}; it must be a number of steps, or 0 for none")
+    for name, value in (("run.keep_every", run.keep_every), ("run.profile", run.profile)):
+        require(value >= 0, f"{name} is {value}; it must be a number of steps, or 0 for none")
+    micro = train.micro_batch
+    require(micro >= 0, f"train.micro_batch is {micro}; it must be at least 1, or 0 for what fits")
     require(
         train.batch_tokens >= data.seq_len and train.batch_tokens % data.seq_len == 0,
         f"train.batch_tokens {train.batch_tokens} is not a multiple of data.seq_len {data.seq_len}",
@@ -270,8 +264,12 @@ def check(config: Config) -> None:
     require(optim.clip > 0, f"optim.clip {optim.clip} must be above 0; a large number clips nothing")
     require(optim.eps > 0, f"optim.eps {optim.eps} must be above 0")
     require(0 <= optim.weight_decay < math.inf, f"optim.weight_decay {optim.weight_decay} is not a number from 0 on")
-    good = 0 <= schedule.warmup < 1 or (schedule.warmup >= 1 and schedule.warmup % 1 == 0)
-    require(good, f"schedule.warmup {schedule.warmup} is neither a fraction below 1 nor a whole number of steps")
+    for name in ("warmup", "cooldown", "decay"):
+        length = getattr(schedule, name)
+        wrong = (
+            f"schedule.{name} {length} is neither a fraction below 1, a whole number of steps, nor tokens such as 2B"
+        )
+        require(length is None or is_length(length), wrong)
     require(0 <= schedule.min_lr_ratio <= 1, f"schedule.min_lr_ratio {schedule.min_lr_ratio} is not from 0 to 1")
     if config.init.branch:
         for good, message, id in (
@@ -322,8 +320,7 @@ def fields() -> list[tuple[str, str]]:
                 rows += walk(inner, f"{prefix}{_spelled(name)}[].")
         return rows
 
-    hints = get_type_hints(Config)
-    return [row for section in SECTIONS for row in walk(hints[section], f"{section}.")]
+    return [row for section in SECTIONS for row in walk(get_type_hints(Config)[section], f"{section}.")]
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -350,11 +347,9 @@ def parse(arguments: Sequence[str]) -> Config:
     for section in SECTIONS:
         parser.add_class_arguments(hints[section], section, fail_untyped=True)
     printing = "--print_config" in arguments
-    arguments = [argument for argument in arguments if argument != "--print_config"]
-    arguments = [re.sub(r"^--init\.from(?=$|=)", "--init.from_", argument) for argument in arguments]
-    arguments = [
-        part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])
-    ]
+    arguments = [re.sub(r"^--init\.from(?=$|=)", "--init.from_", each) for each in arguments]
+    arguments = [part for each in arguments for part in each.split("=", 1 if each.startswith("--config=") else 0)]
+    arguments = [each for each in arguments if each != "--print_config"]
     files = [arguments[index + 1] for index, argument in enumerate(arguments[:-1]) if argument == "--config"]
     for file in files:
         if not Path(file).is_file():
@@ -392,9 +387,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     values = {section: asdict(getattr(config, section)) for section in SECTIONS}
     values["init"]["from"] = values["init"].pop("from_")
     for section in ("train", "run"):
-        values[section] = {
-            key: int(value) if isinstance(value, Count) else value for key, value in values[section].items()
-        }
+        values[section] = {key: int(it) if isinstance(it, Count) else it for key, it in values[section].items()}
     return values
 
 

@@ -313,13 +313,12 @@ def _training(state: dict[str, Any]) -> str:
     train, optim = config["train"], config["optim"]
     attention = "within" if config["data"]["document_mask"] else "across"
     last, done = plan.first + plan.steps, state["step"] - plan.first
-    rise = f"{plan.warmup:,} steps of warm-up to {plan.peak:.3g}" if plan.warmup else f"{plan.peak:.3g} at once"
-    settings = ", ".join(f"{key} {value}" for key, value in config["schedule"].items())
+    settings = ", ".join(f"{key} {value}" for key, value in config["schedule"].items() if value is not None)
     rows = [
         ("tokens", f"{done * train['batch_tokens']:,} ({short_count(done * train['batch_tokens'])}) in this run"),
         ("steps", f"{done:,} of {plan.steps:,}, each of {train['batch_tokens']:,} tokens"),
         ("sequences", f"{config['data']['seq_len']:,} tokens, attention {attention} documents"),
-        ("learning rate", f"{rise}, then {plan.kind}; {plan.rate(last):.3g} at the last step, {state['lr']:.3g} here"),
+        ("learning rate", f"{plan.describe()}; {plan.rate(last):.3g} at the last step, {state['lr']:.3g} here"),
         ("schedule", _text(settings)),
         ("optimizer", f"AdamW, betas {optim['betas']}, eps {optim['eps']:g}, weight decay {optim['weight_decay']:g}"),
         ("gradients", f"clipped at a norm of {optim['clip']:g}"),

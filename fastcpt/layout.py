@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastcpt import UserError, memory
+from fastcpt import UserError, compiling, memory
 from fastcpt.config import Config, Train
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import World
@@ -240,7 +240,7 @@ class Layout:
             )
         model.execution = replace(model.execution, recompute=self.recompute)
         if compile_:
-            torch._dynamo.config.recompile_limit = 64  # beyond it a graph that must be whole is an error
+            compiling.prepare(self.world.device)
             if alone and compile_ != "blocks":
                 options = {"triton.cudagraphs": True} if compile_ == "graphs" else None
                 model.compile(dynamic=False, fullgraph=True, options=options)

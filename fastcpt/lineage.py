@@ -20,7 +20,7 @@ from fastcpt.config import Config, to_dict
 from fastcpt.data import Mixture, Phase, PhaseSource, parts_per_million
 from fastcpt.model import Architecture, GPTNeoX, resolve_architecture
 from fastcpt.parallel import World
-from fastcpt.schedules import Plan, warmup_steps
+from fastcpt.schedules import Plan, make
 from fastcpt.shards import ShardSet, tokenizer_fingerprint
 
 # What may differ when a run goes on: where and how it runs and reports, not what it computes. Sets are compared by
@@ -192,13 +192,13 @@ def make_plan(config: Config, origin: Origin) -> Plan:
     if origin.kind == "resume":
         assert state is not None
         return Plan(**state["plan"])
-    steps = -(-config.train.tokens // config.train.batch_tokens)
-    schedule = config.schedule
     if origin.kind == "branch":
         assert state is not None
-        return Plan(schedule.kind, state["step"], steps, 0, state["lr"], schedule.min_lr_ratio)
-    assert config.optim.lr is not None
-    return Plan(schedule.kind, 0, steps, warmup_steps(schedule.warmup, steps), config.optim.lr, schedule.min_lr_ratio)
+        first, peak = state["step"], state["lr"]
+    else:
+        assert config.optim.lr is not None
+        first, peak = 0, config.optim.lr
+    return make(config.schedule, config.train.tokens, config.train.batch_tokens, first, peak, config.init.branch)
 
 
 def make_phases(config: Config, origin: Origin, sets: dict[str, ShardSet], seen: dict[str, int]) -> list[Phase]:

@@ -5,7 +5,7 @@
     fastcpt plan --table            every Pythia on 1, 8, 64 and 512 of each GPU
 
 Formulas alone: no weight is read, no model is built, nothing is written. What `train` would refuse is refused here, by
-the same functions. The arithmetic is pure functions, tested on their values; `render` makes the text.
+the same functions.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from fastcpt import UserError, checkpoint, cost, hf, layout, lineage, memory, metrics, published
+from fastcpt import UserError, checkpoint, cost, guidance, hf, layout, lineage, memory, metrics, published
 from fastcpt.config import Config, parse
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
 from fastcpt.metrics import short_count
 from fastcpt.parallel import World
-from fastcpt.schedules import ASCII, BLOCKS, Plan, curve
+from fastcpt.schedules import ASCII, BLOCKS, Plan, drawing
 
 PER_MACHINE, MEMORY_GIB = 8, 80  # unless they are said: processes of a machine, memory of the device of each
 WIDTH = 100  # columns of the output
@@ -93,7 +93,7 @@ class Prepared:
 
     @property
     def fresh_moments(self) -> bool:
-        return not self.origin.keeps_position and self.config.init.optimizer == "reset"
+        return guidance.fresh_moments(self.config, self.origin)
 
 
 def prepare(config: Config, processes: int, **hardware: Any) -> Prepared:
@@ -211,7 +211,7 @@ def disk(prepared: Prepared) -> Disk:
 def advice(prepared: Prepared) -> list[str]:
     """What deserves a second look, with the paper that says so. Nothing of it is refused."""
     config, plan, kind, space = prepared.config, prepared.plan, prepared.origin.kind, disk(prepared)
-    roles, micro, end = {named.role for named in prepared.validation}, config.train.micro_batch, prepared.last_step
+    roles, micro = {named.role for named in prepared.validation}, config.train.micro_batch
     lines = ["nothing is evaluated: data.val is empty"] if kind == "scratch" and not roles else []
     if kind != "scratch":
         for role, what in (("upstream", "forgetting"), ("downstream", "adaptation")):
@@ -221,11 +221,7 @@ def advice(prepared: Prepared) -> list[str]:
         shifts = any(sets[source.name].fingerprint not in known for source in config.data.train)
         if "upstream" in roles and shifts and not any(source.replay for source in config.data.train):
             lines.append(_replay(config))
-    if prepared.fresh_moments and plan.warmup == 0:
-        lines.append("schedule.warmup is 0 and Adam starts afresh: expect a spike of the loss (arXiv 2308.04014)")
-    if plan.rate(end) > 0.2 * plan.peak:
-        decay = "a model for use wants a decay, here or in a branch (arXiv 2308.04014)"
-        lines.append(f"the rate ends at {plan.rate(end):.2e}, above a fifth of its peak: {decay}")
+    lines += guidance.schedule(config, prepared.origin, plan)
     few, many = "up to about 4 epochs cost little", "beyond 4 epochs it is worth little; take more text or less weight"
     for low, high, what in ((1, 4, few), (4, math.inf, many)):
         repeated = ", ".join(f"{use.name} {use.epochs:.2f} times" for use in uses(prepared) if low < use.epochs <= high)
@@ -350,18 +346,6 @@ def _results(prepared: Prepared) -> list[str]:
     return [_fold(label, text) for label, text in rows.items()]
 
 
-def _rates(prepared: Prepared, glyphs: str) -> list[str]:
-    plan, drawn = prepared.plan, curve(prepared.plan, glyphs=glyphs)
-    labels = [f"{plan.peak:.2e}", *[""] * (len(drawn) - 2), "0"]
-    left, right = f"step {plan.first + 1:,}", f"{prepared.last_step:,}: {plan.rate(prepared.last_step):.2e}"
-    return [
-        f"learning rate, {plan.kind}",
-        *(f"{label:>13} |{line.rstrip()}" for label, line in zip(labels, drawn)),
-        f"{'':<14}+{'-' * len(drawn[0])}",
-        f"{'':<15}{left}{right:>{len(drawn[0]) - len(left)}}",
-    ]
-
-
 def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
     """The plan as text of at most WIDTH columns, an entry to be copied apart, and about 60 lines."""
     warnings = []
@@ -370,14 +354,13 @@ def render(prepared: Prepared, glyphs: str = BLOCKS) -> str:
         warnings += [_fold("warning", sentence), *(f"{'':<15}{line}" for line in entry)]
     parts = (
         _work(prepared), _data(prepared), _memory(prepared), _speed(prepared), _results(prepared),
-        _rates(prepared, glyphs), warnings,
+        [*drawing(prepared.plan, glyphs), _fold("", prepared.plan.describe())], warnings,
     )  # fmt: skip
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the plan of `--config FILE [--gpus N] [--per-machine M] [--memory GIB] [--gpu NAME [--price P]]
-    [--section.field VALUE ...]`, or `--table`. Raises UserError."""
+    """Prints the plan that a command's options ask for, or the table. Raises UserError."""
     parser = argparse.ArgumentParser("fastcpt plan", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpus", default=os.environ.get("WORLD_SIZE", "1"))
     parser.add_argument("--per-machine", default=str(PER_MACHINE))
@@ -400,17 +383,14 @@ def main(arguments: list[str]) -> int:
             )
     if known.gpu is not None and known.gpu not in cost.DEVICES:
         raise UserError("gpu-unknown", f"--gpu {known.gpu!r} is unknown; known are {', '.join(cost.DEVICES)}")
-    price = None
-    if known.price is not None:
-        try:
-            price = float(known.price)
-        except ValueError:
-            price = -1.0
-        if known.gpu is None or not 0 < price < math.inf:
-            raise UserError(
-                "price-invalid",
-                f"--price {known.price!r}: write the price of a GPU-hour, a number above 0, and --gpu NAME",
-            )
+    try:
+        price = None if known.price is None else float(known.price)
+    except ValueError:
+        price = -1.0
+    if price is not None and (known.gpu is None or not 0 < price < math.inf):
+        raise UserError(
+            "price-invalid", f"--price {known.price!r}: write the price of a GPU-hour, a number above 0, and --gpu NAME"
+        )
     room = int(cost.DEVICES[known.gpu].memory) if known.gpu else MEMORY_GIB << 30
     prepared = prepare(
         parse(rest), int(known.gpus), machine=int(known.per_machine), gpu=known.gpu, price=price,

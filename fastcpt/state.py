@@ -167,3 +167,24 @@ def load_(state: State) -> None:
             state.guard.spikes.load_(values["spikes"])
         rng = np.frombuffer(base64.b64decode(values["rng"]), np.uint8)
         torch.set_rng_state(torch.from_numpy(rng.copy()))
+
+
+def describe(state: State) -> str:
+    """The run's arithmetic, for people."""
+    config, world, plan, arch = state.config, state.world, state.plan, state.model.arch
+    train, seq_len = config.train, config.data.seq_len
+    flops = metrics.flops_per_token(arch, seq_len)
+    micro_batches = -(-train.batch_tokens // seq_len // (world.size * train.micro_batch))
+    precision = str(state.model.execution.dtype).removeprefix("torch.")
+    note = " (no bf16 instructions here)" if (train.precision, precision) == ("bf16", "float32") else ""
+    where = {"scratch": "new weights", "resume": f"step {state.step}"}.get(state.origin.kind, config.init.from_)
+    how, following = "compiled" if train.compile else "eager", min(state.step + 1, state.last_step)
+    return (
+        f"{state.origin.kind}: {where}; {metrics.parameter_count(arch):,} parameters, {flops / 1e9:.3g} GFLOP a token\n"
+        f"{plan.steps:,} steps of {train.batch_tokens:,} tokens: {world.size} x {micro_batches} micro-batches of up to "
+        f"{train.micro_batch} x {seq_len}\n"
+        f"learning rate, {plan.kind}: {plan.describe()}; {plan.rate(following):.3g} at step {following:,}\n"
+        f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
+        f"{state.layout.kind}: {state.layout.why}\n"
+        f"writes to {config.run.output}"
+    )

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcpt import UserError, checkpoint, evaluation, hf, lineage, metrics, parallel, replicas, saving
+from fastcpt import UserError, checkpoint, evaluation, guidance, hf, lineage, metrics, parallel, profiling, replicas
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
@@ -40,8 +40,9 @@ from fastcpt.loss import sums_by_source
 from fastcpt.model import GPTNeoX
 from fastcpt.optim import AdamW
 from fastcpt.replicas import Drifted
+from fastcpt.saving import finishing
 from fastcpt.signals import Preempted
-from fastcpt.state import State, load_, local_tensors, named_tensors, save
+from fastcpt.state import State, describe, load_, local_tensors, named_tensors, save
 from fastcpt.trees import Tree, order
 from fastcpt.watch import Watch
 
@@ -195,29 +196,7 @@ def evaluate(state: State, passing: Callable[[], None] = lambda: None) -> dict[s
     }
 
 
-def describe(state: State) -> str:
-    """The run's arithmetic, for people."""
-    config, world, plan, arch = state.config, state.world, state.plan, state.model.arch
-    train, seq_len = config.train, config.data.seq_len
-    flops = metrics.flops_per_token(arch, seq_len)
-    micro_batches = -(-train.batch_tokens // seq_len // (world.size * train.micro_batch))
-    precision = str(state.model.execution.dtype).removeprefix("torch.")
-    note = " (no bf16 instructions here)" if (train.precision, precision) == ("bf16", "float32") else ""
-    where = {"scratch": "new weights", "resume": f"step {state.step}"}.get(state.origin.kind, config.init.from_)
-    how = "compiled" if train.compile else "eager"
-    end = plan.rate(state.last_step)
-    return (
-        f"{state.origin.kind}: {where}; {metrics.parameter_count(arch):,} parameters, {flops / 1e9:.3g} GFLOP a token\n"
-        f"{plan.steps:,} steps of {train.batch_tokens:,} tokens: {world.size} x {micro_batches} micro-batches of up to "
-        f"{train.micro_batch} x {seq_len}\n"
-        f"learning rate: {plan.warmup:,} steps of warm-up to {plan.peak:.3g}, then {plan.kind}, {end:.3g} at the end\n"
-        f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
-        f"{state.layout.kind}: {state.layout.why}\n"
-        f"writes to {config.run.output}"
-    )
-
-
-@saving.finishing()
+@finishing()
 def train(config: Config) -> State:
     """Trains to the last step; started again with the same output it goes on from its newest checkpoint.
 
@@ -238,12 +217,14 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
         stack.callback(lock.close)
     watch = stack.enter_context(Watch(world, folder, config.run.timeout, CODES))
     state = setup(config)
+    profile = stack.enter_context(profiling.Profile(state))
     run, first = config.run, world.first
     resumed_at = state.step if state.origin.kind == "resume" else None
     loggers = metrics.open_loggers(run, to_dict(config), resumed_at, not state.unevaluated) if first else []
     if first:
         (folder / "config.yaml").write_text(to_yaml(config))
-        print(describe(state), flush=True)
+        advice = guidance.schedule(config, state.origin, state.plan) if resumed_at is None else []
+        print(describe(state), *(f"advice: {text}" for text in advice), sep="\n", flush=True)
 
     console = metrics.Console(state.last_step, config.train.batch_tokens, shown=first)
 
@@ -306,8 +287,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
     state.unevaluated |= bool(state.validation) and state.step == state.plan.first
     if state.unevaluated and not evaluated():
         leave()
-    batch = config.train.batch_tokens // config.data.seq_len
-    steps = state.last_step - state.step
+    batch, steps = config.train.batch_tokens // config.data.seq_len, state.last_step - state.step
     if steps:
         state.saver.check_room(min(state.step + run.save_every, state.last_step), named_tensors(state))
     clock, clock_step = time.perf_counter(), state.step  # of the throughput; stands still in evaluations and saves
@@ -363,6 +343,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
             save_all()
         elif run.check_every and state.step % run.check_every == 0:
             check_replicas()
+        profile.at(state.step)
         watch.enter(state.step, "training")
         clock += time.perf_counter() - pause
     state.saver.wait()

@@ -139,7 +139,9 @@ def test_a_reader_of_the_card_finds_the_numbers(runs: Path) -> None:
     facts = dict(training)
     assert facts["tokens"] == f"{5 * BATCH * SEQ_LEN} ({5 * BATCH * SEQ_LEN}) in this run"
     assert facts["steps"] == f"5 of 5, each of {BATCH * SEQ_LEN} tokens"
-    assert facts["learning rate"].startswith("1 steps of warm-up to 0.001, then cosine; 0.0001 at the last step")
+    assert facts["learning rate"].startswith(
+        "1 steps of warm-up to 0.001, then cosine to 0.0001 over 4; 0.0001 at the last step"
+    )
     first, *_, last = evaluations(runs / "cpt")
     for row, name in zip(evaluation[1:], (ODD, "old")):
         start, end = first["eval"][name], last["eval"][name]

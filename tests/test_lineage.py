@@ -213,6 +213,19 @@ def test_plan_of_a_resumed_run_is_the_checkpoints_own(run: Callable, sets: dict[
     assert make_plan(config, origin_of("resume", state)) == Plan("cosine", 0, 5, 1, 1e-3, 0.1)
 
 
+def test_a_run_from_before_there_were_other_schedules_goes_on(run: Callable, sets: dict[str, ShardSet]) -> None:
+    """Its checkpoint names neither a cool-down nor a decay; what its kind does not use was not refused then."""
+    config = run(schedule={"kind": "constant", "warmup": 2, "min_lr_ratio": 0.0})
+    state = state_of(config, sets)
+    state["plan"] = {"kind": "constant", "first": 0, "steps": 5, "warmup": 2, "peak": 1e-3, "min_lr_ratio": 0.0}
+    del state["config"]["schedule"]["cooldown"], state["config"]["schedule"]["decay"]
+    resume(config, state, sets)
+    plan = make_plan(config, origin_of("resume", state))
+    assert [plan.rate(step) for step in range(1, 6)] == [5e-4, *[1e-3] * 4]
+    with pytest.raises(UserError, match=r"schedule.min_lr_ratio is 0.0, which kind constant does not use"):
+        make_plan(config, origin_of("scratch"))
+
+
 def test_phases_of_a_run_without_a_past_start_at_zero(run: Callable, sets: dict[str, ShardSet]) -> None:
     config = run(entry("a", 3), entry("b", 1))
     expected = Phase(

@@ -1,5 +1,6 @@
 """Processes and devices: what is summed, what only the first does, which launches are refused."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -194,3 +195,26 @@ def test_bf16_needs_hardware_that_has_it(monkeypatch: pytest.MonkeyPatch) -> Non
     flags = Path("/proc/cpuinfo").read_text().split()
     if "flags" in flags:  # x86
         assert parallel.has_bf16(torch.device("cpu")) == ("avx512_bf16" in flags or "amx_tile" in flags)
+
+
+def test_freed_memory_is_used_again(tmp_path: Path) -> None:
+    """In a process of its own: a tensor that glibc would map anew is written without a page fault the second time."""
+    code = """
+import resource, torch
+from fastcpt.parallel import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(12_000_000).fill_(1)  # 48 MB, 11,719 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print([faults() for _ in range(3)])
+keep_memory()
+torch.empty(40_000_000).fill_(1)
+print([faults() for _ in range(4)])
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    before, after = (json.loads(line) for line in result.stdout.splitlines())
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("no glibc")
+    assert min(before) > 10_000 and after[-1] < 1000, (before, after)

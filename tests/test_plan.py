@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -28,9 +28,9 @@ from fastcpt import (
     published,
     train,
 )
-from fastcpt.config import Config, Count, Source, ValidationSet
+from fastcpt.config import Config, Count, Kind, Source, ValidationSet
 from fastcpt.model import PRESETS, Architecture, GPTNeoX
-from fastcpt.schedules import Plan
+from fastcpt.schedules import Plan, curve
 from fastcpt.shards import ShardSet, write_manifest
 
 SEQ_LEN, BATCH = 16, 6
@@ -246,11 +246,13 @@ def heights(lines: list[str], glyphs: str) -> list[float]:
 
 
 @pytest.mark.parametrize("glyphs", [plan.BLOCKS, plan.ASCII])
-@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize(("first", "count", "warmup"), [(0, 1000, 300), (70, 59, 0), (0, 1, 1), (5, 3, 2), (0, 10**6, 10**4)])  # fmt: skip
 def test_the_curve_is_the_schedule(glyphs: str, kind: Any, first: int, count: int, warmup: int) -> None:
-    schedule = Plan(kind, first, count, warmup, 3e-4, 0.1)
-    lines = plan.curve(schedule, 60, 10, glyphs)
+    left = count - warmup
+    parts = (left // 2, left // 4, 0.55) if kind.startswith("infinite") else (0, left // 4, 1.0)
+    schedule = Plan(kind, first, count, warmup, 3e-4, 0.1, *parts)
+    lines = curve(schedule, 60, 10, glyphs)
     assert len(lines) == 10 and {len(line) for line in lines} == {60}
     bars = heights(lines, glyphs)
     rates = [schedule.rate(first + 1 + round(column * (count - 1) / 59)) for column in range(60)]
@@ -262,7 +264,7 @@ def test_the_curve_is_the_schedule(glyphs: str, kind: Any, first: int, count: in
 
 
 def test_the_curve_of_a_branch_from_rate_0() -> None:
-    assert set("".join(plan.curve(Plan("cosine", 10, 5, 0, 0.0, 0.1)))) == {" "}
+    assert set("".join(curve(Plan("cosine", 10, 5, 0, 0.0, 0.1)))) == {" "}
 
 
 def test_the_labels_of_the_curve(make_config: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from fastcpt import train
 from fastcpt.parallel import World
-from fastcpt.signals import Agreement, Preempted, Signals
+from fastcpt.signals import SIGNALS, Agreement, Preempted, Signals
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -161,12 +161,13 @@ def test_a_signal_while_the_model_is_compiled(config: Callable, monkeypatch: pyt
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **options)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     with monkeypatch.context() as patch:
         patch.setattr(compile_fx, "compile_fx", signalled)
         with pytest.raises(Preempted, match="preempted at step 1, saved in"):
             train.train(replace(eager, train=replace(eager.train, compile=True)))
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():  # ignored from then on, which the tests after this one would inherit
+        signal.signal(number, handler)
     output = Path(eager.run.output)
     assert (output / "exit-code").read_text() == "75\n" and train.checkpoint.steps(output) == [1]
     assert train.train(eager).step == 9 and "resume: step 1;" in capfd.readouterr().out
