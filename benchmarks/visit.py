@@ -7,12 +7,12 @@ line says of compilation and the first steps. Tokens are random. `gpu_visit.sh` 
 """
 
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastcpt import train
 from fastcpt.benchmarks.bench_data import real_set
 from fastcpt.model import PRESETS
 
@@ -39,7 +39,8 @@ def main(
             "optim: {lr: 1e-3}\n"
             f"run: {{output: {run}, log_every: {max(1, steps // LINES)}, tensorboard: false}}\n"
         )
-        code = train.main(["--config", str(Path(work) / "run.yaml"), *settings])
+        command = [sys.executable, "-m", "fastcpt.train", "--config", str(Path(work) / "run.yaml"), *settings]
+        code = subprocess.run(command, check=False).returncode
         for metrics in run.glob("metrics.jsonl"):
             shutil.copy(metrics, folder / f"run_{name}.jsonl")
             print(metrics.read_text(), end="")

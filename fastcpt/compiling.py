@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastcpt import attention, cpu_attention
+from fastcpt import attention, cpu_attention, fp8
 from fastcpt.kernels import launch
 
 
@@ -24,7 +24,8 @@ def keep_compiled() -> None:
     torch keys what it keeps by the graph. What an operator of ours, or an autograd.Function, does in the backward pass is
     not in it, so by default torch keeps no graph with the latter; with the source of both in the key it is safe.
     """
-    files = [*Path(launch.__file__).parent.glob("*.py"), Path(attention.__file__), Path(cpu_attention.__file__)]
+    ours = (Path(module.__file__) for module in (attention, cpu_attention, fp8))
+    files = [*Path(launch.__file__).parent.glob("*.py"), *ours]
     source = b"".join(path.read_bytes() for path in sorted(files))
     torch.compiler.config.cache_key_tag = f"fastcpt {hashlib.sha256(source).hexdigest()}"
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True

@@ -41,12 +41,13 @@ class Execution:
         fp8 = train.precision == "fp8"
         if fp8 and not parallel.has_fp8(device):
             raise UserError(
-                "fp8-needs-gpu",
+                "precision-needs-gpu",
                 f"train.precision is fp8, which needs an NVIDIA GPU of sm_89 or newer, and this is {device}; use bf16",
             )
         if fp8 and seq_len % 16:
             raise UserError(
-                "fp8-sizes", f"train.precision is fp8, whose products take multiples of 16; data.seq_len is {seq_len}"
+                "precision-sizes",
+                f"train.precision is fp8, whose products take multiples of 16; data.seq_len is {seq_len}",
             )
         dtype = torch.bfloat16 if train.precision != "fp32" and parallel.has_bf16(device) else torch.float32
         gpu = device.type != "cpu"

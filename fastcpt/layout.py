@@ -186,7 +186,7 @@ class Layout:
         """How a run is spread over processes, and its configuration with a micro-batch. Raises UserError for what cannot
         be."""
         machine = local_size(world.size)
-        room = device_memory(world.device, machine)
+        room = min(world.gather(device_memory(world.device, machine)))  # all choose alike
         config, note = with_micro_batch(config, arch, world, machine, room)
         train = config.train
         kind, recompute, why = choose(train, world.size, machine, memory.needed(config, arch, world), room)

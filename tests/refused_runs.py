@@ -164,7 +164,7 @@ CASES = (
          "train.parallel is hsdp, but all processes are on one machine; use fsdp or auto"),
     Case("hsdp-uneven-machines", "machines of different sizes", "plan --config run.yaml --gpus 3 --per-machine 2 --train.parallel hsdp --run.output new",
          "train.parallel is hsdp, but 3 processes are not 2 on every machine; use fsdp"),
-    Case("fp8-needs-gpu", "products in fp8 on CPU", f"{NEW} --train.precision fp8",
+    Case("precision-needs-gpu", "products in fp8 on CPU", f"{NEW} --train.precision fp8",
          "train.precision is fp8, which needs an NVIDIA GPU of sm_89 or newer, and this is cpu; use bf16"),
     Case("graphs-not-possible", "CUDA graphs on CPU", f"{NEW} --train.compile graphs",
          "train.compile is graphs, which takes one process on a GPU and not train.deterministic; this is single on cpu; use true"),

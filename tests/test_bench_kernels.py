@@ -434,11 +434,11 @@ def test_a_part_of_a_visit(tmp_path: Path) -> None:
     assert found == {"versions", "bench_data", *(f"run_{name}" for name in visit.TOKENS)}
 
 
-def test_a_run_of_a_visit_is_one_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_a_visit_is_one_of_training(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Nine steps of two sequences, on CPU: a line of every second one and the last, a checkpoint, and the memory used."""
     options = ["--train.compile=false", "--train.precision=fp32", "--model.layers=1"]
     assert visit.main("pythia-14m", tmp_path, 9 * 64, 64, 32, options) == 0
     lines = [json.loads(line) for line in (tmp_path / "run_pythia-14m.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 9] and all(line["tokens_per_second"] > 0 for line in lines)
-    assert "micro-batches of 2 of its 2 sequences: all of them fit" in capsys.readouterr().out
+    assert "micro-batches of 2 of its 2 sequences: all of them fit" in capfd.readouterr().out
     assert visit.main("pythia-14m", tmp_path, 64, 64, 32, ["--optim.lr=-1"]) == 2

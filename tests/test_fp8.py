@@ -1,7 +1,6 @@
 """Products in 8 bits against exact ones, within what their formats round."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -110,9 +109,10 @@ def test_fp8_takes_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Train(
         tokens=Count(1), batch_tokens=Count(1), precision="fp8", attention="sdpa", kernels="torch", loss="full"
     )
-    choose: Callable[..., Execution] = lambda seq_len=2048: Execution.choose(
-        settings, torch.device("cuda"), 64, seq_len, False
-    )
+
+    def choose(seq_len: int = 2048) -> Execution:
+        return Execution.choose(settings, torch.device("cuda"), 64, seq_len, False)
+
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         if capability < (8, 9):

@@ -16,7 +16,7 @@ FILES = {
     for path in sorted((ROOT / folder).glob("*.py"))
 }
 TRAINING = {"fastcpt.cli", "fastcpt.demo"} | {
-    f"fastcpt.benchmarks.{name}" for name in ("train_rivals", "overheads_run", "visit")
+    f"fastcpt.benchmarks.{name}" for name in ("train_rivals", "overheads_run")
 }
 # Modules that only `import X` inside a function may name: they are heavy, or not everybody has them.
 OPTIONAL = {
