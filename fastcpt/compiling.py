@@ -24,7 +24,7 @@ def keep_compiled() -> None:
     torch keys what it keeps by the graph. What an operator of ours, or an autograd.Function, does in the backward pass is
     not in it, so by default torch keeps no graph with the latter; with the source of both in the key it is safe.
     """
-    ours = (Path(module.__file__) for module in (attention, cpu_attention, fp8))
+    ours = (Path(str(module.__file__)) for module in (attention, cpu_attention, fp8))
     files = [*Path(launch.__file__).parent.glob("*.py"), *ours]
     source = b"".join(path.read_bytes() for path in sorted(files))
     torch.compiler.config.cache_key_tag = f"fastcpt {hashlib.sha256(source).hexdigest()}"
