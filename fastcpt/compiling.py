@@ -28,7 +28,10 @@ def keep_compiled() -> None:
     files = [*Path(launch.__file__).parent.glob("*.py"), *ours]
     source = b"".join(path.read_bytes() for path in sorted(files))
     torch.compiler.config.cache_key_tag = f"fastcpt {hashlib.sha256(source).hexdigest()}"
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    if hasattr(
+        torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"
+    ):  # not in every version of torch
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def find_vector_instructions() -> threading.Thread:
