@@ -119,6 +119,17 @@ def with_micro_batch(config: Config, arch: Architecture, world: World, machine: 
     return memory.with_micro_batch(config, chosen), f"micro-batches of {chosen} of its {share} sequences: {bound}"
 
 
+def check_micro_batches(kind: Kind, sequences: int, size: int, micro_batch: int) -> None:
+    """Processes that hold shards meet in every micro-batch: raises UserError where some have one more than others."""
+    fewest, most = (-(-share // micro_batch) for share in (sequences // size, -(-sequences // size)))
+    if kind in ("fsdp", "hsdp") and fewest != most:
+        raise UserError(
+            "micro-batches-uneven",
+            f"train.parallel is {kind}, and {sequences} sequences a step are {fewest} micro-batches of train.micro_batch "
+            f"{micro_batch} on some of {size} processes and {most} on others; raise it, or make train.batch_tokens a multiple",
+        )
+
+
 class _TreeReduceScatter:
     """FSDP's reduce-scatter in the order of `trees.py`."""
 
@@ -190,8 +201,9 @@ class Layout:
         config, note = with_micro_batch(config, arch, world, machine, room)
         train = config.train
         kind, recompute, why = choose(train, world.size, machine, memory.needed(config, arch, world), room)
+        sequences = train.batch_tokens // config.data.seq_len
+        check_micro_batches(kind, sequences, world.size, train.micro_batch)
         if train.deterministic:
-            sequences = train.batch_tokens // config.data.seq_len
             if sequences % (world.size * train.micro_batch):
                 raise UserError(
                     "deterministic-micro-batch",
