@@ -187,6 +187,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "kernels": kernels_table,
     "traffic": traffic_table,
     "kernels_cpu": kernels_cpu_table,
+    "train": train_table,
     "prep": prep_table,
     "predictions": predictions_table,
 }

@@ -52,3 +52,9 @@ def test_links_lead_to_files_and_the_translation_has_the_same_parts(name: str) -
         assert (ROOT / target).is_file(), target
     headings = [len(re.findall(r"^## ", (ROOT / each).read_text(encoding="utf-8"), re.MULTILINE)) for each in READMES]
     assert headings[0] == headings[1]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_generated_part_is_generated(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- /(\w+) -->", text)) == readme.PARTS.keys()
