@@ -21,7 +21,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastcpt import train
+from fastcpt import guidance, train
 from fastcpt.config import Config, Count, Source, ValidationSet
 from fastcpt.data_prep.progress import Meter
 from fastcpt.metrics import console_line, scalars
@@ -251,9 +251,10 @@ def train_on(monkeypatch: pytest.MonkeyPatch, config: Config, stdout: TextIO, st
         patch.setattr(sys, "stderr", stderr)
         state = train.train(config)
         assert (sys.stdout, sys.stderr) == (stdout, stderr), "given back"
-    return "\n".join([train.describe(state).replace("resume: step 9", "scratch: new weights")] + [
-        console_line(line, state.last_step) for line in lines(config)
-    ]) + "\n"  # fmt: skip
+    state.step = 0  # what was printed is of the start
+    shown = [train.describe(state).replace("resume: step 0", "scratch: new weights")]
+    shown += [f"advice: {text}" for text in guidance.schedule(config, state.origin, state.plan)]
+    return "\n".join(shown + [console_line(line, state.last_step) for line in lines(config)]) + "\n"
 
 
 def moves(written: str) -> list[str]:
