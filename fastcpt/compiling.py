@@ -28,10 +28,9 @@ def keep_compiled() -> None:
     files = [*Path(launch.__file__).parent.glob("*.py"), *ours]
     source = b"".join(path.read_bytes() for path in sorted(files))
     torch.compiler.config.cache_key_tag = f"fastcpt {hashlib.sha256(source).hexdigest()}"
-    if hasattr(
-        torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"
-    ):  # not in every version of torch
-        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    name = "autograd_cache_allow_custom_autograd_functions"
+    if hasattr(torch._functorch.config, name):  # not in every version of torch
+        setattr(torch._functorch.config, name, True)
 
 
 def find_vector_instructions() -> threading.Thread:

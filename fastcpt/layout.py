@@ -119,14 +119,27 @@ def with_micro_batch(config: Config, arch: Architecture, world: World, machine: 
     return memory.with_micro_batch(config, chosen), f"micro-batches of {chosen} of its {share} sequences: {bound}"
 
 
-def check_micro_batches(kind: Kind, sequences: int, size: int, micro_batch: int) -> None:
-    """Processes that hold shards meet in every micro-batch: raises UserError where some have one more than others."""
-    fewest, most = (-(-share // micro_batch) for share in (sequences // size, -(-sequences // size)))
-    if kind in ("fsdp", "hsdp") and fewest != most:
+def check(config: Config, kind: Kind, size: int) -> None:
+    """Raises UserError for what `size` processes cannot do in a layout, of a configuration that says its micro-batch."""
+    train, sequences = config.train, config.train.batch_tokens // config.data.seq_len
+    fewest, most = (-(-share // train.micro_batch) for share in (sequences // size, -(-sequences // size)))
+    if kind in ("fsdp", "hsdp") and fewest != most:  # processes that hold shards meet in every micro-batch
         raise UserError(
             "micro-batches-uneven",
             f"train.parallel is {kind}, and {sequences} sequences a step are {fewest} micro-batches of train.micro_batch "
-            f"{micro_batch} on some of {size} processes and {most} on others; raise it, or make train.batch_tokens a multiple",
+            f"{train.micro_batch} on some of {size} processes and {most} on others; raise it, or make train.batch_tokens a "
+            "multiple",
+        )
+    if train.deterministic and sequences % (size * train.micro_batch):
+        raise UserError(
+            "deterministic-micro-batch",
+            f"train.deterministic takes whole micro-batches: {sequences} sequences a step are not a multiple of "
+            f"{size} processes x train.micro_batch {train.micro_batch}; lower it",
+        )
+    if train.deterministic and config.optim.moments != "fp32":
+        raise UserError(
+            "deterministic-moments",
+            "train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random",
         )
 
 
@@ -201,20 +214,7 @@ class Layout:
         config, note = with_micro_batch(config, arch, world, machine, room)
         train = config.train
         kind, recompute, why = choose(train, world.size, machine, memory.needed(config, arch, world), room)
-        sequences = train.batch_tokens // config.data.seq_len
-        check_micro_batches(kind, sequences, world.size, train.micro_batch)
-        if train.deterministic:
-            if sequences % (world.size * train.micro_batch):
-                raise UserError(
-                    "deterministic-micro-batch",
-                    f"train.deterministic takes whole micro-batches: {sequences} sequences a step are not a multiple of "
-                    f"{world.size} processes x train.micro_batch {train.micro_batch}; lower it",
-                )
-            if config.optim.moments != "fp32":
-                raise UserError(
-                    "deterministic-moments",
-                    "train.deterministic takes optim.moments: fp32; those in bf16 are rounded at random",
-                )
+        check(config, kind, world.size)
         why = f"{why}; {note}" if note else why
         return cls.make(kind, why, world, train.deterministic, recompute), config
 

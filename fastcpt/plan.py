@@ -64,8 +64,7 @@ class Prepared:
     @property
     def world(self) -> World:
         """The processes, on the kind of device that they will have: a GPU if one is named or there is one."""
-        gpu = self.gpu is not None or torch.cuda.is_available()
-        return World(0, self.processes, torch.device("cuda" if gpu else "cpu"))
+        return World(0, self.processes, torch.device("cuda" if self.gpu or torch.cuda.is_available() else "cpu"))
 
     @property
     def spread(self) -> tuple[layout.Kind, bool, str]:
@@ -82,8 +81,7 @@ class Prepared:
     @property
     def largest_kept(self) -> int:
         """The largest micro-batch up to `train.micro_batch` of which no block must be recomputed, or 0."""
-        room = layout.ROOM * self.device_bytes
-        most = self.config.train.micro_batch
+        room, most = layout.ROOM * self.device_bytes, self.config.train.micro_batch
         return memory.largest(self.config, self.origin.arch, self.world, self.shards, False, room, most)
 
     @property
@@ -124,7 +122,9 @@ def prepare(config: Config, processes: int, **hardware: Any) -> Prepared:
     config, note = layout.with_micro_batch(
         config, origin.arch, prepared.world, min(processes, prepared.machine), prepared.device_bytes
     )
-    return replace(prepared, config=config, micro_batch=note)
+    prepared = replace(prepared, config=config, micro_batch=note)
+    layout.check(config, prepared.spread[0], processes)
+    return prepared
 
 
 @dataclass(frozen=True)

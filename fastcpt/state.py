@@ -152,9 +152,8 @@ def load_(state: State) -> None:
         state.checked = state.step
     if origin.kind == "resume":
         state.start_losses, state.unevaluated = values["start_losses"], values["unevaluated"]
-        if (
-            state.unevaluated and state.step == state.last_step
-        ):  # a start since then may have, and nothing was saved after
+        if state.unevaluated and state.step == state.last_step:
+            # A start since then may have evaluated, and nothing was saved after.
             log = Path(state.config.run.output) / "metrics.jsonl"
             state.unevaluated = not world.on_first(lambda: metrics.has_evaluation(log, state.step))
         parts = torch.tensor(values["interval"], dtype=torch.float64)

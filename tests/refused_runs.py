@@ -160,6 +160,8 @@ CASES = (
          "train.parallel is single, but there are 2 processes; use auto"),
     Case("batch-below-processes", "more processes than sequences", "plan --config run.yaml --gpus 16",
          "train.batch_tokens is 8 sequences, fewer than 16 processes; raise it"),
+    Case("micro-batches-uneven", "shards whose processes would not meet", "plan --config run.yaml --gpus 3 --train.parallel fsdp --train.micro_batch 1 --run.output new",
+         "train.parallel is fsdp, and 8 sequences a step are 2 micro-batches of train.micro_batch 1 on some of 3 processes and 3 on others; raise it, or make train.batch_tokens a multiple"),
     Case("hsdp-one-machine", "replicas on one machine", "plan --config run.yaml --gpus 2 --train.parallel hsdp --run.output new",
          "train.parallel is hsdp, but all processes are on one machine; use fsdp or auto"),
     Case("hsdp-uneven-machines", "machines of different sizes", "plan --config run.yaml --gpus 3 --per-machine 2 --train.parallel hsdp --run.output new",

@@ -430,16 +430,17 @@ def test_every_pythia_fits_eight_gpus_of_80_gb(name: str, sequences: int) -> Non
         assert recompute == (metrics.parameter_count(arch) > 1e9)
 
 
-def test_shards_take_equally_many_micro_batches() -> None:
+def test_shards_take_equally_many_micro_batches(tiny_config: Any) -> None:
     """10 sequences on 4 processes are shares of 2 and 3; by counting them."""
     for micro in (1, 2, 3, 4):
+        config = tiny_config(train={"batch_tokens": Count(10 * 16), "tokens": Count(10 * 16), "micro_batch": micro})
         counts = {-(-(10 * (rank + 1) // 4 - 10 * rank // 4) // micro) for rank in range(4)}
         for kind in ("fsdp", "hsdp"):
             if len(counts) == 1:
-                layout.check_micro_batches(kind, 10, 4, micro)
+                layout.check(config, kind, 4)
             else:
                 with pytest.raises(
                     UserError, match=rf"{min(counts)} micro-batches .*{max(counts)} on others; raise it"
                 ):
-                    layout.check_micro_batches(kind, 10, 4, micro)
-        layout.check_micro_batches("ddp", 10, 4, micro)
+                    layout.check(config, kind, 4)
+        layout.check(config, "ddp", 4)
