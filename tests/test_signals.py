@@ -1,5 +1,6 @@
 """Signals end a run in order. The trials of two ranks and of torchrun are those of `soak_signals.py`."""
 
+import contextlib
 import json
 import os
 import re
@@ -194,11 +195,15 @@ def test_the_slurm_script_passes_the_signal_on_and_queues_again(tmp_path: Path, 
         (tmp_path / command).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code)}
     environment |= {"SLURM_JOB_ID": "17", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
-    job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment)
-    while not (tmp_path / "up").exists():
-        time.sleep(0.02)
-    job.send_signal(signal.SIGUSR1)
-    job.wait(timeout=30)
+    job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, start_new_session=True)
+    try:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)
+        job.wait(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(job.pid, signal.SIGKILL)
     requeued = tmp_path / "requeued"
     assert (requeued.read_text() if requeued.exists() else "") == ("requeue 17\n" if code == 75 else "")
     arguments = (tmp_path / "arguments").read_text()
