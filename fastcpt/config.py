@@ -196,6 +196,8 @@ class Run:
     """Seconds without progress after which a run ends, naming the hung process; five times as many where it may compile."""
     check_every: int = 0
     """Steps a comparison of the replicas' weights, beside the one before each checkpoint; 0: no other."""
+    stop_at: int = 0
+    """Save and end at this step, before the schedule's end; raised or removed, the run goes on. 0: at the end."""
     profile: int = 0
     """The step after which three are profiled, into profile/ of the run's folder; 0: none."""
 
@@ -230,7 +232,7 @@ def check(config: Config) -> None:
         ("run.keep", run.keep), ("run.eval_tokens", run.eval_tokens),
     ):  # fmt: skip
         require(value >= 1, f"{name} is {value}; it must be at least 1")
-    for name, value in (("run.keep_every", run.keep_every), ("run.profile", run.profile)):
+    for name, value in (("run.keep_every", run.keep_every), ("run.profile", run.profile), ("run.stop_at", run.stop_at)):
         require(value >= 0, f"{name} is {value}; it must be a number of steps, or 0 for none")
     micro = train.micro_batch
     require(micro >= 0, f"train.micro_batch is {micro}; it must be at least 1, or 0 for what fits")

@@ -59,7 +59,7 @@ class Prepared:
 
     @property
     def last_step(self) -> int:
-        return self.plan.first + self.plan.steps
+        return max(self.step, self.plan.last_step(self.config.run.stop_at))
 
     @property
     def world(self) -> World:

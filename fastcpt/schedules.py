@@ -111,6 +111,11 @@ class Plan:
                 f"has {self.steps}; shorten them",
             )
 
+    def last_step(self, stop_at: int) -> int:
+        """The run's: its end, or before that `run.stop_at`, unless that is 0."""
+        end = self.first + self.steps
+        return min(end, max(stop_at, self.first)) if stop_at else end
+
     def segments(self) -> list[Segment]:
         """Those after the warm-up."""
         left = self.steps - self.warmup
