@@ -11,13 +11,13 @@
         grid:                                  # one arm for each combination, here new-0.001-0, new-0.001-0.01 ...
           optim.lr: [1e-3, 2e-3]
           schedule.warmup: {none: 0, one: 0.01}    # or named: new-0.001-none
-    table: {last: 3}               # of the results: mean of the last 3 evaluations
 
 Settings have their dotted names; a list, such as data.train, is one setting. `{seed}` in text is the seed.
 """
 
 import itertools
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ class Job:
     config: Config
     file: Path
     needs: tuple[Path, ...]
-    settings: dict[str, Any]
 
     @property
     def folder(self) -> Path:
@@ -118,10 +117,20 @@ def _nested(file: Path, settings: dict[str, Any], into: dict[str, Any]) -> dict[
     return sections
 
 
-def read(path: str | Path) -> Grid:
-    """Raises UserError for what no run could be made of, before any starts. Writes each run's configuration."""
+def _parsed(sections: dict[str, Any]) -> Config:
     import yaml
 
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml") as file:
+        yaml.safe_dump(sections, file)
+        file.flush()
+        try:
+            return parse(["--config", file.name])
+        except UserError as error:
+            raise UserError(error.id, str(error).replace(f"{file.name}: ", "").replace(f"{file.name} ", "")) from None
+
+
+def read(path: str | Path) -> Grid:
+    """Raises UserError for what no run could be made of, before any starts. Writes each run's configuration."""
     file = Path(path)
     content = _mapping(file, _load(file), "the file", KEYS)
     for key in ("base", "output", "arms"):
@@ -171,18 +180,18 @@ def read(path: str | Path) -> Grid:
         settings = resolve(common | arms[arm][0], arm, seed, needs, (*under, arm))
         folder = output / arm / f"seed-{seed}"
         sections = _nested(file, settings | {"train.seed": seed, "run.output": str(folder)}, base)
-        written = output / "configs" / f"{arm}-seed-{seed}.yaml"
-        written.parent.mkdir(parents=True, exist_ok=True)
-        written.write_text(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True), encoding="utf-8")
         try:
-            config = parse(["--config", str(written)])
+            config = _parsed(sections)
         except UserError as error:
             raise UserError(error.id, f"{file}: arm {arm}: {error}") from None
-        written.write_text(to_yaml(config), encoding="utf-8")
-        jobs[arm, seed] = Job(arm, seed, config, written, tuple(needs.values()), settings)
+        written = output / "configs" / f"{arm}-seed-{seed}.yaml"
+        jobs[arm, seed] = Job(arm, seed, config, written, tuple(needs.values()))
         return jobs[arm, seed]
 
     for arm in arms:
         for seed in seeds_of(arm):
             add(arm, seed, ())
+    for job in jobs.values():
+        job.file.parent.mkdir(parents=True, exist_ok=True)
+        job.file.write_text(to_yaml(job.config), encoding="utf-8")
     return Grid(output, list(jobs.values()))
