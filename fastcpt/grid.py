@@ -12,12 +12,16 @@
           optim.lr: [1e-3, 2e-3]
           schedule.warmup: {none: 0, one: 0.01}    # or named: new-0.001-none
 
+    figures: {Rates: [base, "new-*-one"]}      # of `fastcpt report FILE`: arms together in one; else each arm with its grid
+
 Settings have their dotted names; a list, such as data.train, is one setting. `{seed}` in text is the seed.
 """
 
+import fnmatch
 import itertools
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from typing import Any
 from fastcpt import UserError
 from fastcpt.config import SECTIONS, Config, parse, to_yaml
 
-KEYS = {"base", "output", "seeds", "set", "arms"}
+KEYS = {"base", "output", "seeds", "set", "arms", "figures"}
 ARM_KEYS = {"set", "grid", "seeds"}
 REFERENCE = re.compile(r"\{([^{}]*)\}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=%-]*")
@@ -56,6 +60,7 @@ class Grid:
 
     output: Path
     jobs: list[Job]
+    figures: dict[str, list[str]]
 
 
 def _wrong(file: Path, message: str) -> UserError:
@@ -106,6 +111,20 @@ def _expanded(file: Path, arms: dict[str, Any]) -> dict[str, tuple[dict[str, Any
     return out
 
 
+def _figures(file: Path, content: dict[str, Any], arms: Iterable[str]) -> dict[str, list[str]]:
+    """{title: arms, in the order of their patterns}."""
+    asked = _mapping(file, content.get("figures") or {name: [name, f"{name}-*"] for name in content["arms"]}, "figures")
+    figures: dict[str, list[str]] = {}
+    for title, patterns in asked.items():
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise _wrong(file, f"figure {title} is {patterns!r}, not a list of arms")
+        found = {arm: None for pattern in patterns for arm in fnmatch.filter(arms, pattern)}
+        if not found:
+            raise _wrong(file, f"figure {title}: no arm is {' or '.join(patterns)}")
+        figures[title] = list(found)
+    return figures
+
+
 def _nested(file: Path, settings: dict[str, Any], into: dict[str, Any]) -> dict[str, Any]:
     """Dotted settings written into sections."""
     sections = {key: dict(value) if isinstance(value, dict) else value for key, value in into.items()}
@@ -117,7 +136,16 @@ def _nested(file: Path, settings: dict[str, Any], into: dict[str, Any]) -> dict[
     return sections
 
 
-def _parsed(sections: dict[str, Any]) -> Config:
+def outline(path: str | Path) -> tuple[Path, dict[str, list[str]]]:
+    """(output, figures) of a sweep's file, without its configurations. Raises UserError."""
+    file = Path(path)
+    content = _mapping(file, _load(file), "the file", KEYS)
+    arms = _mapping(file, content.get("arms") or {}, "arms")
+    return Path(str(content.get("output"))), _figures(file, content, _expanded(file, arms))
+
+
+def parse_sections(sections: dict[str, Any]) -> Config:
+    """A configuration of plain values, without a file. Raises UserError."""
     import yaml
 
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml") as file:
@@ -140,6 +168,7 @@ def read(path: str | Path) -> Grid:
     base = _load(file.parent / base) if isinstance(base, str) else _mapping(file, base, "base")
     output, common = Path(str(content["output"])), _mapping(file, content.get("set") or {}, "set")
     arms = _expanded(file, _mapping(file, content["arms"], "arms"))
+    figures = _figures(file, content, arms)
     usual = content.get("seeds", [0])
     jobs: dict[tuple[str, int], Job] = {}
 
@@ -181,7 +210,7 @@ def read(path: str | Path) -> Grid:
         folder = output / arm / f"seed-{seed}"
         sections = _nested(file, settings | {"train.seed": seed, "run.output": str(folder)}, base)
         try:
-            config = _parsed(sections)
+            config = parse_sections(sections)
         except UserError as error:
             raise UserError(error.id, f"{file}: arm {arm}: {error}") from None
         written = output / "configs" / f"{arm}-seed-{seed}.yaml"
@@ -194,4 +223,4 @@ def read(path: str | Path) -> Grid:
     for job in jobs.values():
         job.file.parent.mkdir(parents=True, exist_ok=True)
         job.file.write_text(to_yaml(job.config), encoding="utf-8")
-    return Grid(output, list(jobs.values()))
+    return Grid(output, list(jobs.values()), figures)

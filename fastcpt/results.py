@@ -1,7 +1,7 @@
 """The results of a sweep: every evaluation of every run in one table, and what is read off it.
 
-results.csv has one row for each validation set of each evaluation: arm, seed, step, tokens, set, role, loss (nats a token),
-bits_per_byte. Arms of one seed saw the same text in the same order, so arms are compared seed by seed: of differences the
+results.csv has one row for each validation set of each evaluation: arm, seed, start (scratch or warm), step, tokens, set, role,
+loss (nats a token), bits_per_byte. Arms of one seed saw the same text in the same order, so arms are compared seed by seed: of differences the
 interval is Student's, over the seeds.
 """
 
@@ -16,7 +16,7 @@ from fastcpt import UserError
 from fastcpt.arms import read_arms
 from fastcpt.grid import Grid
 
-COLUMNS = ("arm", "seed", "step", "tokens", "set", "role", "loss", "bits_per_byte")
+COLUMNS = ("arm", "seed", "start", "step", "tokens", "set", "role", "loss", "bits_per_byte")
 
 
 class Point(NamedTuple):
@@ -39,7 +39,8 @@ def write(plan: Grid) -> Path:
         for line in arm.evaluations:
             for name, entry in line["eval"].items():
                 values = (f"{entry['loss']:.6f}", f"{entry['bits_per_byte']:.6f}")
-                rows.append((job.arm, job.seed, line["step"], line["tokens"], name, entry["role"], *values))
+                start = "scratch" if arm.scratch else "warm"
+                rows.append((job.arm, job.seed, start, line["step"], line["tokens"], name, entry["role"], *values))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -49,11 +50,13 @@ def write(plan: Grid) -> Path:
 
 @dataclass(frozen=True)
 class Results:
-    """A table, read. curves: {(arm, seed, set): its evaluations, oldest first}; roles: of the sets."""
+    """A table, read. curves: {(arm, seed, set): its evaluations, oldest first}; roles: of the sets; scratch: arms that began with
+    new weights."""
 
     path: Path
     curves: dict[tuple[str, int, str], list[Point]]
     roles: dict[str, str]
+    scratch: set[str]
 
     @classmethod
     def read(cls, path: str | Path) -> "Results":
@@ -63,6 +66,7 @@ class Results:
             raise UserError("results-missing", f"{path}: there is no such table; `fastcpt sweep` writes it")
         curves: dict[tuple[str, int, str], list[Point]] = {}
         roles: dict[str, str] = {}
+        scratch: set[str] = set()
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
@@ -77,19 +81,48 @@ class Results:
                     ) from None
                 curves.setdefault(key, []).append(point)
                 roles[row["set"]] = row["role"]
-        return cls(path, curves, roles)
+                if row["start"] == "scratch":
+                    scratch.add(row["arm"])
+        return cls(path, curves, roles, scratch)
 
     @property
     def arms(self) -> list[str]:
         return list(dict.fromkeys(arm for arm, _, _ in self.curves))
 
-    def seeds(self, *arms: str) -> list[int]:
-        """Those that all the arms have."""
-        found = [{seed for each, seed, _ in self.curves if each == arm} for arm in arms]
+    def seeds(self, *arms: str, name: str | None = None) -> list[int]:
+        """Those that all the arms have, with evaluations of the set `name` if one is given."""
+        found = [{s for each, s, of in self.curves if each == arm and name in (None, of)} for arm in arms]
         return sorted(set.intersection(*found)) if found else []
+
+    def mean_curve(self, arm: str, name: str) -> list["Mean"]:
+        """Over the seeds, at the steps that all of them have."""
+        curves = [{p.step: p for p in self.curve(arm, seed, name)} for seed in self.seeds(arm, name=name)]
+        steps = sorted(set.intersection(*map(set, curves))) if curves else []
+        means = []
+        for step in steps:
+            losses = [curve[step].loss for curve in curves]
+            means.append(Mean(step, curves[0][step].tokens, sum(losses) / len(losses), min(losses), max(losses)))
+        return means
+
+    def mean_plane(self, arm: str) -> list[tuple[float, float]]:
+        """(forgetting, adaptation) at each evaluation, means over sets and seeds; of one that begins with new weights none."""
+        changes = []
+        for role, sign in (("upstream", 1), ("downstream", -1)):
+            tracks = [self.mean_curve(arm, name) for name, of in self.roles.items() if of == role]
+            tracks = [track for track in tracks if track]
+            if not tracks or arm in self.scratch:
+                return []
+            changes.append(
+                [sum(sign * (p.mean - t[0].mean) for p, t in zip(at, tracks)) / len(tracks) for at in zip(*tracks)]
+            )
+        return list(zip(*changes))
 
     def curve(self, arm: str, seed: int, name: str) -> list[Point]:
         return self.curves[arm, seed, name]
+
+    def points(self, arm: str, seed: int) -> list[Point]:
+        """Of all sets."""
+        return [p for (each, s, _), points in self.curves.items() if (each, s) == (arm, seed) for p in points]
 
     def final(self, arm: str, seed: int, name: str, last: int = 1) -> float:
         """Mean loss of the last evaluations."""
@@ -105,6 +138,16 @@ class Results:
         """How far the loss rose above that at the start, at most."""
         points = self.curve(arm, seed, name)
         return max(point.loss for point in points) - points[0].loss
+
+
+class Mean(NamedTuple):
+    """An evaluation of one set, of all seeds: mean loss, the lowest and the highest."""
+
+    step: int
+    tokens: int
+    mean: float
+    low: float
+    high: float
 
 
 class Interval(NamedTuple):
