@@ -62,7 +62,7 @@ class State:
 
     @property
     def last_step(self) -> int:
-        return self.plan.first + self.plan.steps
+        return self.plan.last
 
 
 def named_tensors(state: State) -> dict[str, Tensor]:
