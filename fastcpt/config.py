@@ -10,10 +10,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fastcpt import PASSWORD, UserError
+from fastcpt import PASSWORD, UserError, yaml_files
 from fastcpt.imports import without_imports
 from fastcpt.units import Count, is_length
 
@@ -64,10 +63,48 @@ class Source:
     """Its name in logs."""
     path: str
     """A shard set."""
-    weight: float
-    """Its share of the samples; weights are relative to their sum."""
+    weight: float | None = None
+    """Its share of the samples; weights are relative to their sum. Phases may say theirs instead."""
     replay: bool = False
     """It is what the model was trained on before, mixed in against forgetting."""
+
+
+Kind = Literal[
+    "constant", "cosine", "cosine_clipped", "linear", "inverse_sqrt",
+    "wsd", "wsd_linear", "wsd_cosine", "wsd_exponential", "infinite", "infinite_inverse_sqrt", "decay_only", "anneal",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over the steps of the run."""
+
+    kind: Kind = "cosine"
+    """After the warm-up: one shape to the end; wsd and infinite: constant, then a decay; decay_only, anneal: in a branch or later phase."""
+    warmup: float | str = 0.01
+    """Linear warm-up: below 1 a fraction of the steps, from 1 on a number of steps, as text (2B) tokens."""
+    cooldown: float | str | None = None
+    """Of infinite: how long the rate falls from the peak to half-way between peak and end; 0.6 unless given."""
+    decay: float | str | None = None
+    """Of wsd and infinite: how long the last decay takes; wsd 0.1, infinite 0.14 unless given. Between, it is constant."""
+    min_lr_ratio: float = 0.1
+    """Where the rate ends, relative to the peak (of a branch: to its checkpoint's rate)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of the run."""
+
+    tokens: Count | None = None
+    """Its length; the last phase may leave it out and takes the rest. The ends are those of the nearest steps."""
+    until_lr: float | None = None
+    """Instead of tokens: it ends where the rate has fallen to this part of its schedule's peak."""
+    weights: dict[str, float] | None = None
+    """{source: weight} of those that it reads, 0 for none; unless given, the sources' own weights."""
+    schedule: Schedule | None = None
+    """As the section schedule: one that begins with this phase and holds until the next that brings one; not in the first."""
+    lr: float | None = None
+    """Peak of its schedule, which without one starts at the rate that the phase before ended with, as a branch does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +125,8 @@ class Data:
 
     train: list[Source]
     """The mixture."""
+    phases: list[Phase] = field(default_factory=list)
+    """Parts of the run, one after another, with other weights or a schedule of their own; none: one mixture, one schedule."""
     val: list[ValidationSet] = field(default_factory=list)
     """Sets evaluated from step 0, by name."""
     seq_len: int = 2048
@@ -146,28 +185,6 @@ class Optim:
     """Largest norm of the whole gradient."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Dtype of Adam's moments; bf16 ones take half the memory and are rounded stochastically."""
-
-
-Kind = Literal[
-    "constant", "cosine", "cosine_clipped", "linear", "inverse_sqrt",
-    "wsd", "wsd_linear", "wsd_cosine", "wsd_exponential", "infinite", "infinite_inverse_sqrt", "decay_only", "anneal",
-]  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The learning rate over the steps of the run."""
-
-    kind: Kind = "cosine"
-    """After the warm-up: one shape to the end; wsd and infinite: constant, then a decay; decay_only and anneal: in a branch."""
-    warmup: float | str = 0.01
-    """Linear warm-up: below 1 a fraction of the steps, from 1 on a number of steps, as text (2B) tokens."""
-    cooldown: float | str | None = None
-    """Of infinite: how long the rate falls from the peak to half-way between peak and end; 0.6 unless given."""
-    decay: float | str | None = None
-    """Of wsd and infinite: how long the last decay takes; wsd 0.1, infinite 0.14 unless given. Between, it is constant."""
-    min_lr_ratio: float = 0.1
-    """Where the rate ends, relative to the peak (of a branch: to its checkpoint's rate)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +270,7 @@ def check(config: Config) -> None:
         require(len(set(names)) == len(names), repeated, "source-names-repeat")
     for source in data.train:
         require(
-            0 < source.weight < math.inf,
+            0 < (source.weight or 0) < math.inf or (source.weight is None and len(data.phases) > 0),
             f"data.train {source.name}: weight {source.weight} is not a number above 0; to leave it out, remove the source",
             "weight-out-of-range",
         )
@@ -316,7 +333,7 @@ def fields() -> list[tuple[str, str]]:
         for name, text in documentation(cls).items():
             rows.append((prefix + _spelled(name), text))
             hint = get_type_hints(cls)[name]
-            inner = getattr(hint, "__args__", (None,))[0]
+            inner = get_args(hint)[0] if get_origin(hint) is list else None
             if is_dataclass(inner):
                 assert isinstance(inner, type)
                 rows += walk(inner, f"{prefix}{_spelled(name)}[].")
@@ -333,13 +350,7 @@ def parse(arguments: Sequence[str]) -> Config:
     import jsonargparse
     import yaml
 
-    def load(text: str) -> Any:
-        value = yaml.safe_load(text)
-        if isinstance(value, dict) and isinstance(value.get("init"), dict) and "from" in value["init"]:
-            value["init"]["from_"] = value["init"].pop("from")
-        return value
-
-    jsonargparse.set_loader("fastcpt", load, exceptions=(yaml.YAMLError,))
+    jsonargparse.set_loader("fastcpt", yaml_files.load, exceptions=(yaml.YAMLError,))
     jsonargparse.typing.register_type(Count, serializer=int, deserializer=Count.parse, fail_already_registered=False)
     parser = jsonargparse.ArgumentParser(
         "fastcpt train", exit_on_error=False, parser_mode="fastcpt", add_help=False, allow_abbrev=False
@@ -354,24 +365,7 @@ def parse(arguments: Sequence[str]) -> Config:
     arguments = [each for each in arguments if each != "--print_config"]
     files = [arguments[index + 1] for index, argument in enumerate(arguments[:-1]) if argument == "--config"]
     for file in files:
-        if not Path(file).is_file():
-            raise UserError("config-missing", f"{file}: there is no such configuration file")
-        try:
-            content = load(Path(file).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError("config-not-yaml", f"{file}: not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise UserError("config-not-a-mapping", f"{file}: not a mapping of sections ({', '.join(SECTIONS)})")
-        for section, value in content.items():
-            if section not in SECTIONS:
-                raise UserError(
-                    "section-unknown", f"{file}: there is no section {section!r}; there are {', '.join(SECTIONS)}"
-                )
-            if not isinstance(value, dict):
-                raise UserError(
-                    "config-not-a-mapping",
-                    f"{file}: the section {section} is {value!r}, not a mapping; give its fields or remove it",
-                )
+        yaml_files.check(file, SECTIONS)
     try:
         values = without_imports(lambda: parser.instantiate(parser.parse_args(arguments)))
     except jsonargparse.ArgumentError as error:
@@ -386,10 +380,16 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain values, as they are written in a file."""
-    values = {section: asdict(getattr(config, section)) for section in SECTIONS}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return int(value) if isinstance(value, Count) else value
+
+    values = {section: plain(asdict(getattr(config, section))) for section in SECTIONS}
     values["init"]["from"] = values["init"].pop("from_")
-    for section in ("train", "run"):
-        values[section] = {key: int(it) if isinstance(it, Count) else it for key, it in values[section].items()}
     return values
 
 

@@ -197,6 +197,17 @@ def parts_per_million(weights: Sequence[float]) -> list[int]:
     return parts
 
 
+def taken(phases: Sequence[Phase], samples: int) -> dict[str, int]:
+    """Samples that each source, by fingerprint, has given before sample number `samples`."""
+    seen: dict[str, int] = {}
+    ends = [phase.first for phase in phases[1:]] + [samples]
+    for phase, end in zip(phases, ends):
+        if phase.first <= samples:
+            counts = Quotas([source.weight for source in phase.sources]).counts(min(end, samples) - phase.first)
+            seen |= {source.fingerprint: source.start + count for source, count in zip(phase.sources, counts)}
+    return seen
+
+
 class Mixture:
     """Training samples by number.
 
@@ -303,14 +314,8 @@ class Mixture:
         return joined(pieces, self.seq_len, next(iter(self.sets.values())).dtype)
 
     def seen(self, samples: int) -> dict[str, int]:
-        """Samples that each source, by fingerprint, has given before sample number `samples`."""
-        seen: dict[str, int] = {}
-        ends = [phase.first for phase in self.phases[1:]] + [samples]
-        for phase, quotas, end in zip(self.phases, self._quotas, ends):
-            if phase.first <= samples:
-                counts = quotas.counts(min(end, samples) - phase.first)
-                seen |= {source.fingerprint: source.start + count for source, count in zip(phase.sources, counts)}
-        return seen
+        """`taken` of the mixture's phases."""
+        return taken(self.phases, samples)
 
 
 def evaluation_windows(shard_set: ShardSet, seq_len: int, tokens: int) -> np.ndarray:

@@ -278,7 +278,7 @@ def _model(arch: Architecture) -> str:
 def _data(state: dict[str, Any]) -> str:
     data, entries = state["data"], state["config"]["data"]["train"]
     replay = {entry["name"]: "yes" if entry["replay"] else "no" for entry in entries}
-    phases, seq_len = data["phases"], data["seq_len"]
+    phases, seq_len = [phase for phase in data["phases"] if phase["first"] < data["samples"]], data["seq_len"]
     rows, listed = [], set()
     for phase in reversed(phases):
         for source in phase["sources"]:

@@ -18,7 +18,8 @@ def fresh_moments(config: Config, origin: Origin) -> bool:
 
 def schedule(config: Config, origin: Origin, plan: Plan) -> list[str]:
     """Pieces of advice, each a sentence, a line feed, and what to write in the configuration."""
-    found = [_end(plan), _stable(config, plan)]
+    ending = plan.part(plan.last)
+    found = [_end(ending, plan.highest), _stable(config, ending)]
     if fresh_moments(config, origin) and plan.warmup == 0:
         spike = "schedule.warmup is 0 and Adam starts afresh: expect a spike of the loss (arXiv 2308.04014)"
         found.insert(0, f"{spike}\nschedule: {{warmup: 0.01}}")
@@ -27,10 +28,10 @@ def schedule(config: Config, origin: Origin, plan: Plan) -> list[str]:
     return [text for text in found if text]
 
 
-def _end(plan: Plan) -> str:
+def _end(plan: Plan, highest: float) -> str:
     """Re-warmed models were good after their decay alone (arXiv 2308.04014, its second takeaway)."""
-    last = plan.rate(plan.first + plan.steps)
-    if last <= 0.2 * plan.peak:
+    last = plan.rate(plan.last)
+    if last <= 0.2 * highest:
         return ""
     if plan.kind == "constant":
         mend = "kind: wsd"
@@ -42,16 +43,14 @@ def _end(plan: Plan) -> str:
     return f"the rate ends at {last:.2e}, above a fifth of its peak: {decay}\nschedule: {{{mend}}}"
 
 
-def _constant(plan: Plan | dict[str, Any]) -> tuple[int, int]:
-    """The steps after which the constant rate of a plan of STAGED begins and its decay begins."""
-    values = plan.to_dict() if isinstance(plan, Plan) else plan
-    begin = values["first"] + values["warmup"] + values["cooldown"]
-    return begin, values["first"] + values["steps"] - values["decay"]
+def _constant(plan: Plan) -> tuple[int, int]:
+    """The steps after which the constant rate of a schedule of STAGED begins and its decay begins."""
+    return plan.warmup_end + plan.cooldown, plan.first + plan.length - plan.decay
 
 
 def _stable(config: Config, plan: Plan) -> str:
     """Whether a checkpoint of the constant rate will be there when the run has ended."""
-    run, last = config.run, plan.first + plan.steps
+    run, last = config.run, plan.last
     if plan.kind not in STAGED or plan.decay == 0:
         return ""
     begin, end = _constant(plan)
@@ -73,8 +72,9 @@ def _stable(config: Config, plan: Plan) -> str:
 def _annealed(origin: Origin) -> str:
     """Whether the run starts in the decay of another that still has a checkpoint of its constant rate."""
     assert origin.state is not None and origin.path is not None
-    plan, step = origin.state["plan"], origin.state["step"]
-    if plan["kind"] not in STAGED:
+    step = origin.state["step"]
+    plan = Plan(**origin.state["plan"]).part(step)
+    if plan.kind not in STAGED:
         return ""
     begin, end = _constant(plan)
     stable = [known for known in checkpoint.steps(origin.path.parent.parent) if begin <= known <= end]

@@ -17,10 +17,11 @@ import torch
 
 from fastcpt import UserError, checkpoint, hf
 from fastcpt.config import Config, to_dict
-from fastcpt.data import Mixture, Phase, PhaseSource, parts_per_million
+from fastcpt.data import Mixture, Phase, PhaseSource, parts_per_million, taken
 from fastcpt.model import Architecture, GPTNeoX, resolve_architecture
 from fastcpt.parallel import World
-from fastcpt.schedules import Plan, make
+from fastcpt.phases import Span, lay_out
+from fastcpt.schedules import Plan
 from fastcpt.shards import ShardSet, tokenizer_fingerprint
 
 # What may differ when a run goes on: where and how it runs and reports, not what it computes. Sets are compared by
@@ -186,50 +187,51 @@ def check_resume(config: Config, state: dict[str, Any], data: dict[str, Any]) ->
         )
 
 
+def _outline(config: Config, origin: Origin) -> tuple[Plan, list[Span]]:
+    """The learning rates and the phases of a run that does not go on with its checkpoint's."""
+    if origin.kind == "branch":
+        assert origin.state is not None
+        return lay_out(config, origin.state["step"], origin.state["lr"])
+    assert config.optim.lr is not None
+    return lay_out(config, 0, config.optim.lr)
+
+
 def make_plan(config: Config, origin: Origin) -> Plan:
     """The run's learning rates. A resumed run takes them from its checkpoint."""
-    state = origin.state
     if origin.kind == "resume":
-        assert state is not None
-        return Plan(**state["plan"])
-    if origin.kind == "branch":
-        assert state is not None
-        first, peak = state["step"], state["lr"]
-    else:
-        assert config.optim.lr is not None
-        first, peak = 0, config.optim.lr
-    return make(config.schedule, config.train.tokens, config.train.batch_tokens, first, peak, config.init.branch)
+        assert origin.state is not None
+        return Plan(**origin.state["plan"])
+    return _outline(config, origin)[0]
 
 
-def make_phases(config: Config, origin: Origin, sets: dict[str, ShardSet], seen: dict[str, int]) -> list[Phase]:
-    """The mixture's phases. A branch keeps those of its checkpoint, and a changed mixture becomes a new one.
+def make_phases(config: Config, origin: Origin, sets: dict[str, ShardSet]) -> list[Phase]:
+    """The mixture's phases. A branch keeps those that its checkpoint has begun, and a changed mixture becomes a new one.
 
-    seen: samples that each set, by fingerprint, has given before a branch's position.
+    Each goes on in every set where the one before stopped: nothing is repeated or skipped.
     """
-    weights = parts_per_million([source.weight for source in config.data.train])
-    now = fingerprints(config.data.train, sets)
-    earlier = (
-        [Phase.from_dict(phase) for phase in origin.state["data"]["phases"]]
-        if origin.keeps_position and origin.state
-        else []
-    )
-    if origin.kind == "resume":
-        return earlier
-    start = seen if origin.kind == "branch" else {}
-    sources = tuple(
-        PhaseSource(source.name, now[source.name], weight, start.get(now[source.name], 0))
-        for source, weight in zip(config.data.train, weights)
-    )
-    if not earlier:
-        return [Phase(0, sources)]
-    assert origin.state is not None
-    shares = [(source.fingerprint, source.weight) for source in sources]
-    last = earlier[-1]
-    if shares == [(source.fingerprint, source.weight) for source in last.sources]:
-        # The same mixture, perhaps under other names: names are how the sets are found.
-        renamed = tuple(replace(old, name=new.name) for old, new in zip(last.sources, sources))
-        return [*earlier[:-1], replace(last, sources=renamed)]
-    return [*earlier, Phase(origin.state["data"]["samples"], sources)]
+    begin, phases = 0, []
+    if origin.state is not None and origin.keeps_position:
+        phases = [Phase.from_dict(phase) for phase in origin.state["data"]["phases"]]
+        if origin.kind == "resume":
+            return phases
+        begin = origin.state["data"]["samples"]
+        phases = [phase for phase in phases if phase.first < begin]
+    now, batch = fingerprints(config.data.train, sets), config.train.batch_tokens // config.data.seq_len
+    plan, spans = _outline(config, origin)
+    for span in spans:
+        first, weights = begin + (span.first - plan.first) * batch, parts_per_million(list(span.weights.values()))
+        start = taken(phases, first)
+        sources = tuple(
+            PhaseSource(name, now[name], weight, start.get(now[name], 0)) for name, weight in zip(span.weights, weights)
+        )
+        shares = [(source.fingerprint, source.weight) for source in sources]
+        if phases and shares == [(source.fingerprint, source.weight) for source in phases[-1].sources]:
+            # The same mixture, perhaps under other names: names are how the sets are found.
+            renamed = tuple(replace(old, name=new.name) for old, new in zip(phases[-1].sources, sources))
+            phases[-1] = replace(phases[-1], sources=renamed)
+        else:
+            phases.append(Phase(first, sources))
+    return phases
 
 
 def history_of(origin: Origin) -> dict[str, Any]:
@@ -243,26 +245,37 @@ def check_rewarm(config: Config, origin: Origin, plan: Plan, sets: dict[str, Sha
     """Refuses a rate that rises on data that the model has seen, unless forced: it breaks what was learned.
 
     Finding 3 of arXiv 2308.04014: re-warming on the same distribution raised the loss, and it had not come back within
-    50B tokens.
+    50B tokens. So for each schedule of the run, which may change it with a phase: on the sources of its phases.
     """
-    if origin.kind not in ("continue", "pretrained"):
+    if origin.kind == "resume":
         return
-    history = history_of(origin)
-    fresh = [source for source in config.data.train if not source.replay]
-    new = [source.name for source in fresh if sets[source.name].fingerprint not in history["seen"]]
-    reached = origin.state["lr"] if origin.state else 0.0
-    if plan.peak <= reached * (1 + 1e-9):
-        return
+    history, spans = history_of(origin), _outline(config, origin)[1]
+    seen, reached = set(history["seen"]), origin.state["lr"] if origin.state else 0.0
+    for part in plan.parts:
+        names = {name for span in spans if plan.part(span.first + 1) == part for name in span.weights}
+        read = [source for source in config.data.train if source.name in names]
+        fresh = [source.name for source in read if not source.replay]
+        new = [name for name in fresh if sets[name].fingerprint not in seen]
+        if (part.first, origin.kind) != (0, "scratch") and part.peak > reached * (1 + 1e-9):
+            _check_rise(config, part, reached, fresh, new, history["complete"] or part is not plan)
+        seen |= {sets[source.name].fingerprint for source in read}
+        reached = plan.rate(part.first + part.length)
+
+
+def _check_rise(config: Config, part: Plan, reached: float, fresh: list[str], new: list[str], complete: bool) -> None:
+    """fresh: sources that say no replay; new: those of them that the model has not seen. complete: nothing else was seen."""
     if not new:
+        where = f"{config.init.from_}: the rate" if part.first == 0 else f"after step {part.first:,} the rate"
+        mend = "use init.branch: true" if part.first == 0 else "give the phase no lr"
         message = (
-            f"{config.init.from_}: the rate would rise from {reached:.3g} to {plan.peak:.3g}, but the model has seen all of "
-            f"{[source.name for source in fresh] or 'the data (every source says replay: true)'}: re-warming on the same data "
-            "raises the loss (arXiv 2308.04014, finding 3); use init.branch: true to go on without a rise"
+            f"{where} would rise from {reached:.3g} to {part.peak:.3g}, but the model has seen all of "
+            f"{fresh or 'the data (every source says replay: true)'}: re-warming on the same data raises the loss "
+            f"(arXiv 2308.04014, finding 3); {mend} to go on without a rise"
         )
         if not config.init.force:
             raise UserError("learning-rate-rises", message + ", or init.force: true to do it all the same")
         print(f"warning: {message}", file=sys.stderr)
-    elif not history["complete"]:
+    elif not complete:
         print(
             f"warning: what {config.init.from_} was trained on is not known in full; if {', '.join(new)} was part of it, "
             "re-warming will raise the loss (arXiv 2308.04014, finding 3)",
@@ -311,7 +324,6 @@ def prepare(config: Config, world: World, processes: int) -> Inputs:
         check_resume(config, origin.state, content)
     plan = make_plan(config, origin)
     check_rewarm(config, origin, plan, sets)
-    seen: dict[str, int] = {}
     if origin.kind == "branch":
         assert origin.state is not None
         position = origin.state["data"]
@@ -321,6 +333,5 @@ def prepare(config: Config, world: World, processes: int) -> Inputs:
                 f"init.branch keeps the data position, so data.seq_len and train.seed must stay {position['seq_len']} and "
                 f"{position['seed']}; they are {data.seq_len} and {config.train.seed}",
             )
-        seen = position["seen"]
-    mixture = Mixture(sets, make_phases(config, origin, sets, seen), data.seq_len, config.train.seed)
+    mixture = Mixture(sets, make_phases(config, origin, sets), data.seq_len, config.train.seed)
     return Inputs(origin, plan, mixture, val_sets, content)

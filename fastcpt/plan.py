@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastcpt import UserError, checkpoint, cost, guidance, hf, layout, lineage, memory, metrics, published
+from fastcpt import UserError, checkpoint, cost, guidance, hf, layout, lineage, memory, metrics, published, spending
 from fastcpt.config import Config, parse
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -127,30 +127,8 @@ def prepare(config: Config, processes: int, **hardware: Any) -> Prepared:
     return prepared
 
 
-@dataclass(frozen=True)
-class Use:
-    """What a run takes from one source. tokens, windows: in the set; share: of the run's samples; epochs: passes over
-    the set until the run's end, those before its start included when it keeps the data position."""
-
-    name: str
-    tokens: int
-    windows: int
-    samples: int
-    share: float
-    epochs: float
-
-
-def uses(prepared: Prepared) -> list[Use]:
-    """Each source of the present mixture, from the quotas that training follows: exact."""
-    mixture, seq_len = prepared.mixture, prepared.config.data.seq_len
-    given = prepared.tokens // seq_len
-    before, after = mixture.seen(prepared.samples), mixture.seen(prepared.samples + given)
-    rows = []
-    for source in mixture.phases[-1].sources:
-        shards, end = mixture.sets[source.name], after[source.fingerprint]
-        samples, windows = end - before[source.fingerprint], shards.num_windows(seq_len)
-        rows.append(Use(source.name, len(shards), windows, samples, samples / max(1, given), end / windows))
-    return rows
+def uses(prepared: Prepared) -> list[spending.Use]:
+    return spending.uses(prepared.mixture, prepared.samples, prepared.tokens // prepared.config.data.seq_len)
 
 
 def multiples(after: int, until: int, every: int) -> int:
@@ -168,9 +146,11 @@ def evaluations(prepared: Prepared) -> tuple[int, int, float]:
     every, micro = config.run.eval_every, config.train.micro_batch
     times = int(step == prepared.plan.first)
     if last > step:  # the last step is always due
-        warmup_end = min(prepared.plan.first + prepared.plan.warmup, last - 1)
-        dense = multiples(step, warmup_end, max(1, every // 4))
-        times += dense + multiples(max(step, warmup_end), last - 1, every) + 1
+        times += 1
+        for part in prepared.plan.parts:
+            begin, end = max(step, part.first), min(part.first + part.length, last - 1)
+            warm = min(part.warmup_end, end)
+            times += multiples(begin, warm, max(1, every // 4)) + multiples(max(begin, warm), end, every)
     windows = [len(named.windows) for named in prepared.validation]
     padded = sum(-(-count // micro) * micro for count in windows) * config.data.seq_len
     share = times * padded / 3 / prepared.tokens if prepared.tokens else 0.0
@@ -243,7 +223,7 @@ def advice(prepared: Prepared) -> list[str]:
 
 def _replay(config: Config) -> str:
     """Advice to replay, with the entry of data.train that does it. Weights are relative to the sum of those there are."""
-    total = sum(source.weight for source in config.data.train)
+    total = sum(source.weight or 0 for source in config.data.train) or 1.0
     name, path = next((entry.name, entry.path) for entry in config.data.val if entry.role == "upstream")
     weak, strong = (f"{total * part / (1 - part):.3g}" for part in (0.05, 0.25))
     return (
@@ -293,14 +273,12 @@ def _work(prepared: Prepared) -> list[str]:
 
 
 def _data(prepared: Prepared) -> list[str]:
-    rows, seq_len = sorted(uses(prepared), key=lambda use: -use.share), prepared.config.data.seq_len
-    shown = [f"{'source':<20} {'set':>9} {'windows':>13} {'share':>8} {'samples':>13} {'tokens':>9} {'epochs':>9}"]
-    for use in rows[:12]:
-        tokens = short_count(use.samples * seq_len)
-        head = f"{use.name[:20]:<20} {short_count(use.tokens):>9} {use.windows:>13,} {use.share:>8.3%}"
-        shown.append(f"{head} {use.samples:>13,} {tokens:>9} {use.epochs:>9.2f}")
-    rest = f"and {len(rows) - 12} more with {sum(use.share for use in rows[12:]):.3%} of the samples"
-    return [*shown, rest] if len(rows) > 12 else shown
+    seq_len, batch = prepared.config.data.seq_len, prepared.config.train.batch_tokens
+    given, phases = prepared.tokens // seq_len, spending.phases(prepared.mixture, prepared.samples)
+    shown = spending.table(uses(prepared), seq_len)
+    if len(phases) > 1:
+        shown += ["", *spending.by_phase(phases, prepared.step, prepared.samples, given, batch // seq_len, seq_len)]
+    return shown
 
 
 def _memory(prepared: Prepared) -> list[str]:

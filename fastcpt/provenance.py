@@ -162,12 +162,11 @@ def locate(run: str | Path, step: int) -> Step:
     # The counter is the checkpoint's, not step times batch: a branch counts on from a run with perhaps another batch.
     sample = data["samples"] + (step - 1 - state["step"]) * count
     phases = [Phase.from_dict(phase) for phase in data["phases"]]
-    # All steps of a run lie in one phase, its last: only a branch adds one, at its first sample.
-    assert phases[-1].first <= sample, (phases[-1].first, sample)
+    # A step lies in one phase, as phases begin with a step; those before a branch are not the run's.
+    phase = [phase for phase in phases if phase.first <= sample][-1]
     paths = _paths(run, folder, state)
     sets = {
-        source.name: _open(source.name, paths.get(source.name), source.fingerprint, run)
-        for source in phases[-1].sources
+        source.name: _open(source.name, paths.get(source.name), source.fingerprint, run) for source in phase.sources
     }
     mixture = Mixture(sets, phases, data["seq_len"], data["seed"])
     documents = {name: _Documents(shards) for name, shards in sets.items()}

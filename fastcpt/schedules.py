@@ -86,6 +86,8 @@ class Plan:
     Steps are counted from 1: `rate(first + k)` is the rate of the run's k-th step. first: the step the plan starts
     after (0, or a branch's checkpoint). steps: how many it lasts; of those, warmup: how many rise to the peak, cooldown:
     fall from there to constant_ratio, decay: fall to min_lr_ratio at the end (both 0 where one shape fills the run).
+    later: the schedules that phases of the run bring with them; this one ends where the first of them begins, and
+    `steps` are those of all.
     """
 
     kind: Kind
@@ -97,32 +99,59 @@ class Plan:
     cooldown: int = 0
     decay: int = 0
     constant_ratio: float = 1.0
+    later: tuple["Plan", ...] = ()
 
     def __post_init__(self) -> None:
-        if self.warmup > self.steps:
+        parts = tuple(part if isinstance(part, Plan) else Plan(**part) for part in self.later)  # or a checkpoint's
+        object.__setattr__(self, "later", parts)
+        if self.warmup > self.length:
             raise UserError(
                 "warmup-too-long",
-                f"schedule.warmup is {self.warmup} steps, but the run has {self.steps}; shorten the warm-up",
+                f"schedule.warmup is {self.warmup} steps, but the run has {self.length}; shorten the warm-up",
             )
-        if self.warmup + self.cooldown + self.decay > self.steps:
+        if self.warmup + self.cooldown + self.decay > self.length:
             raise UserError(
                 "schedule-too-long",
                 f"schedule.warmup, cooldown and decay are {self.warmup} + {self.cooldown} + {self.decay} steps, but the run "
-                f"has {self.steps}; shorten them",
+                f"has {self.length}; shorten them",
             )
+
+    @property
+    def length(self) -> int:
+        """Steps before the first of the later schedules."""
+        return self.later[0].first - self.first if self.later else self.steps
+
+    @property
+    def last(self) -> int:
+        return self.first + self.steps
+
+    @property
+    def warmup_end(self) -> int:
+        return self.first + self.warmup
+
+    @property
+    def parts(self) -> tuple["Plan", ...]:
+        return self, *self.later
+
+    @property
+    def highest(self) -> float:
+        return max(part.peak for part in self.parts)
+
+    def part(self, step: int) -> "Plan":
+        """The schedule that a step belongs to."""
+        return next((part for part in reversed(self.later) if step > part.first), self)
 
     def last_step(self, stop_at: int) -> int:
         """The run's: its end, or before that `run.stop_at`, unless that is 0."""
-        end = self.first + self.steps
-        return min(end, max(stop_at, self.first)) if stop_at else end
+        return min(self.last, max(stop_at, self.first)) if stop_at else self.last
 
     def segments(self) -> list[Segment]:
         """Those after the warm-up."""
-        left = self.steps - self.warmup
+        left = self.length - self.warmup
         if self.kind == "constant":
             return [Segment(left, "constant", 1.0)]
         if self.kind == "cosine_clipped":  # whose period is that of the whole run, the warm-up included
-            return [Segment(self.steps, WHOLE[self.kind], self.min_lr_ratio)]
+            return [Segment(self.length, WHOLE[self.kind], self.min_lr_ratio)]
         if self.kind in WHOLE:
             return [Segment(left, WHOLE[self.kind], self.min_lr_ratio)]
         cooldown, _, decay, _ = STAGED[self.kind]
@@ -132,6 +161,8 @@ class Plan:
 
     def rate(self, step: int) -> float:
         """Linear from peak/warmup to the peak, never 0; then the segments, each exactly at its end in its last step."""
+        if (part := self.part(step)) is not self:
+            return part.rate(step)
         done = step - self.first
         if done <= self.warmup:
             return self.peak * done / self.warmup if self.warmup else self.peak
@@ -152,7 +183,8 @@ class Plan:
             for length, shape, end in self.segments()
             if length
         ]
-        return ", then ".join([rise, *parts])
+        later = [f"; after step {part.first:,}: {part.describe()}" for part in self.later]
+        return ", then ".join([rise, *parts]) + "".join(later)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -188,13 +220,13 @@ def make(schedule: Schedule, tokens: int, batch_tokens: int, first: int, peak: f
 
 
 def curve(plan: Plan, width: int = 60, height: int = 10, glyphs: str = BLOCKS) -> list[str]:
-    """Lines of `width` cells, the top first: bars from 0 to the plan's peak.
+    """Lines of `width` cells, the top first: bars from 0 to the plan's highest peak.
 
     Column c stands for the step first + 1 + round(c (steps - 1) / (width - 1)). A bar's length, in parts of a cell
     (`glyphs` has one for each), is rounded up: no rate above 0 is drawn as nothing.
     """
     parts, rows = len(glyphs) - 1, reversed(range(height))
-    unit = plan.peak / (height * parts) or 1.0  # a branch of a run that ended at 0 has nothing else
+    unit = plan.highest / (height * parts) or 1.0  # a branch of a run that ended at 0 has nothing else
     steps = [plan.first + 1 + round(column * (plan.steps - 1) / (width - 1)) for column in range(width)]
     bars = [math.ceil(plan.rate(step) / unit - 1e-9) for step in steps]
     return ["".join(glyphs[min(parts, max(0, bar - row * parts))] for bar in bars) for row in rows]
@@ -202,11 +234,11 @@ def curve(plan: Plan, width: int = 60, height: int = 10, glyphs: str = BLOCKS) -
 
 def drawing(plan: Plan, glyphs: str = BLOCKS) -> list[str]:
     """The curve under its title, with axes: the peak and 0, the first and the last step and its rate."""
-    drawn, last = curve(plan, glyphs=glyphs), plan.first + plan.steps
-    labels = [f"{plan.peak:.2e}", *[""] * (len(drawn) - 2), "0"]
+    drawn, last = curve(plan, glyphs=glyphs), plan.last
+    labels = [f"{plan.highest:.2e}", *[""] * (len(drawn) - 2), "0"]
     left, right = f"step {plan.first + 1:,}", f"{last:,}: {plan.rate(last):.2e}"
     return [
-        f"learning rate, {plan.kind}",
+        f"learning rate, {', then '.join(part.kind for part in plan.parts)}",
         *(f"{label:>13} |{line.rstrip()}" for label, line in zip(labels, drawn)),
         f"{'':<14}+{'-' * len(drawn[0])}",
         f"{'':<15}{left}{right:>{len(drawn[0]) - len(left)}}",

@@ -281,7 +281,6 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
             print(message, flush=True)
         raise Preempted(message)
 
-    warmup_end = state.plan.first + state.plan.warmup
     peak = metrics.peak_flops(world.device, state.model.execution.dtype) * world.size
     flops = metrics.flops_per_token(state.model.arch, config.data.seq_len)
     state.unevaluated |= bool(state.validation) and state.step == state.plan.first
@@ -333,7 +332,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
             clock, clock_step = time.perf_counter(), state.step
         pause = time.perf_counter()
         state.unevaluated = bool(state.validation) and evaluation.is_due(
-            state.step, state.last_step, run.eval_every, warmup_end
+            state.step, state.last_step, run.eval_every, state.plan.part(state.step).warmup_end
         )
         if state.unevaluated and not stop:
             stop = not evaluated()

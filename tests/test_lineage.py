@@ -231,11 +231,10 @@ def test_phases_of_a_run_without_a_past_start_at_zero(run: Callable, sets: dict[
     expected = Phase(
         0, (PhaseSource("a", sets["a"].fingerprint, 750_000, 0), PhaseSource("b", sets["b"].fingerprint, 250_000, 0))
     )
-    assert make_phases(config, origin_of("scratch"), sets, {}) == [expected]
-    assert make_phases(config, origin_of("pretrained"), sets, {}) == [expected]
-    seen = {sets["a"].fingerprint: 11}
+    assert make_phases(config, origin_of("scratch"), sets) == [expected]
+    assert make_phases(config, origin_of("pretrained"), sets) == [expected]
     past = state_of(run(entry("a")), sets)
-    assert make_phases(config, origin_of("continue", past), sets, seen) == [expected], "a continued run reads anew"
+    assert make_phases(config, origin_of("continue", past), sets) == [expected], "a continued run reads anew"
 
 
 def test_phases_of_a_resumed_run_are_the_checkpoints_own(run: Callable, sets: dict[str, ShardSet]) -> None:
@@ -246,11 +245,11 @@ def test_phases_of_a_resumed_run_are_the_checkpoints_own(run: Callable, sets: di
     ]  # fmt: skip
     state = state_of(config, sets)
     state["data"]["phases"] = json.loads(json.dumps([asdict(phase) for phase in phases]))
-    assert make_phases(config, origin_of("resume", state), sets, {}) == phases
+    assert make_phases(config, origin_of("resume", state), sets) == phases
 
 
 def branch(config: Config, state: dict, sets: dict[str, ShardSet]) -> Mixture:
-    phases = make_phases(config, origin_of("branch", state), sets, state["data"]["seen"])
+    phases = make_phases(config, origin_of("branch", state), sets)
     return Mixture({source.name: sets[source.name] for source in config.data.train}, phases, SEQ_LEN, seed=0)
 
 
@@ -266,7 +265,7 @@ def test_a_branch_with_the_same_mixture_reads_what_the_run_would_have_read(
 ) -> None:
     config = run(entry("a", 3), entry("b", 1))
     state = state_of(config, sets)
-    whole = Mixture(sets, make_phases(config, origin_of("scratch"), sets, {}), SEQ_LEN, seed=0)
+    whole = Mixture(sets, make_phases(config, origin_of("scratch"), sets), SEQ_LEN, seed=0)
     assert branch(run(entry("a", 6), entry("b", 2)), state, sets).locate(18, 50) == whole.locate(18, 50)
 
 

@@ -26,6 +26,7 @@ from fastcpt import (
     metrics,
     plan,
     published,
+    spending,
     train,
 )
 from fastcpt.config import Config, Count, Kind, Source, ValidationSet
@@ -551,7 +552,7 @@ def test_output_where_blocks_cannot_be_written(make_config: Any) -> None:
 
 def test_many_sources_stay_within_the_page(make_config: Any) -> None:
     prepared = plan.prepare(make_config(), 1)
-    rows = [plan.Use(f"a-source-with-a-long-name-{n}", 10**11, 10**8, 10**8, 0.025, 3.25) for n in range(40)]
+    rows = [spending.Use(f"a-source-with-a-long-name-{n}", 10**11, 10**8, 10**8, 0.025, 3.25) for n in range(40)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "uses", lambda prepared: rows)
         shown = plan._data(prepared)
