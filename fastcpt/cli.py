@@ -4,11 +4,11 @@ import argparse
 import io
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fastcpt import UserError, __version__
+from fastcpt import UserError, __version__, commands
 from fastcpt.config import Count, fields
 
 
@@ -161,51 +161,6 @@ def _train(arguments: argparse.Namespace) -> int:
     return train.main(arguments.rest)
 
 
-def _eval(arguments: argparse.Namespace) -> int:
-    from fastcpt import evaluation
-
-    sets = {}
-    for entry in arguments.data:
-        name, equals, path = entry.partition("=")
-        if not equals or not name or not path:
-            raise UserError("data-not-name-and-folder", f"--data {entry}: write it as NAME=DIR")
-        sets[name] = path
-    results = evaluation.evaluate_checkpoint(
-        arguments.checkpoint, sets, arguments.seq_len, arguments.tokens, arguments.micro_batch
-    )
-    width = max(len("set"), *map(len, results))
-    print(f"{'set':<{width}}  {'loss':>8}  {'bits/byte':>9}  {'tokens':>12}")
-    for name, entry in results.items():
-        print(f"{name:<{width}}  {entry['loss']:>8.4f}  {entry['bits_per_byte']:>9.4f}  {entry['tokens']:>12,}")
-    return 0
-
-
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run (its newest), or a Hugging Face model"
-    )
-    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="shard sets")
-    parser.add_argument("--seq-len", type=int, default=2048, metavar="T", help="tokens a sequence (default: 2048)")
-    parser.add_argument("--tokens", type=Count.parse, metavar="N", help="tokens of each set (default: all)")
-    parser.add_argument("--micro-batch", type=int, default=8, metavar="B", help="sequences at once (default: 8)")
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from fastcpt.export import export
-
-    where = export(arguments.checkpoint, arguments.output, arguments.push)
-    print(f"{where}: a Hugging Face model, fp32; AutoModelForCausalLM.from_pretrained reads it")
-    return 0
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run (its newest)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
-    parser.add_argument(
-        "--push", metavar="HUB_ID", help="upload it to the Hugging Face Hub as well, as a private model"
-    )
-
-
 def _report(arguments: argparse.Namespace) -> int:
     from fastcpt.report import report
 
@@ -307,17 +262,14 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (default: demo)")
 
 
-COMMANDS: dict[
-    str, tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[argparse.Namespace], int]]
-] = {
+COMMANDS: dict[str, commands.Command] = {
     "prep": ("tokenize text into shards", _add_prep, _prep),
     "convert": ("turn token files of other projects into shards", _add_convert, _convert),
     "inspect": ("say what a shard set holds, or what a step was trained on", _add_inspect, _inspect),
     "verify": ("compare every byte with its hash: shards, checkpoints, runs", _add_verify, _verify),
     "plan": ("what a run will cost before it starts", None, _plan),
     "train": ("pre-train or continue pre-training; under torchrun too", None, _train),
-    "eval": ("loss and bits per byte of a model on shard sets", _add_eval, _eval),
-    "export": ("write a checkpoint as a Hugging Face model, or push it to the hub", _add_export, _export),
+    **commands.COMMANDS,
     "report": ("figures and one HTML page out of runs", _add_report, _report),
     "bench": ("measure this machine", _add_bench, _bench),
     "demo": ("the whole story on text that comes with Python", _add_demo, _demo),

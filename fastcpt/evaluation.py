@@ -1,7 +1,7 @@
 """Validation sets by name: loss, exact bits per byte, and from them forgetting and adaptation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastcpt.model import GPTNeoX
 from fastcpt.parallel import World
 from fastcpt.progress import Bar
 from fastcpt.shards import ShardSet
+from fastcpt.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -84,28 +85,51 @@ def evaluate(
     }
 
 
-def evaluate_checkpoint(
-    source: str, sets: dict[str, str], seq_len: int, tokens: int | None, micro_batch: int
-) -> dict[str, dict[str, Any]]:
-    """What `fastcpt eval` prints: `evaluate` of a checkpoint, a run or a Hugging Face model on {name: shard set}."""
+def open_sets(
+    sets: Iterable[tuple[str, str, str]], seq_len: int, tokens: int | None, micro_batch: int
+) -> list[NamedSet]:
+    """(name, role, folder) each, with windows of all their tokens or of so many. Raises UserError."""
     for option, value in (("seq-len", seq_len), ("micro-batch", micro_batch), ("tokens", tokens)):
         if value is not None and value < 1:
             raise UserError("option-out-of-range", f"--{option} {value}: must be 1 or more")
-    opened = {name: ShardSet(path) for name, path in sets.items()}
-    world = parallel.start("single")
-    model, tokenizer, _ = lineage.load_model(source, world.device)
-    if tokenizer is not None:
-        lineage.check_made_with(tokenizer, list(opened.values()))
-    lineage.check_ids(list(opened.values()), model.arch.vocab_size)
+    shards = [(name, role, ShardSet(path)) for name, role, path in sets]
+    return [NamedSet.open(name, role, each, seq_len, tokens or len(each)) for name, role, each in shards]
+
+
+def check_sets(weights: Weights, sets: Sequence[NamedSet]) -> None:
+    """Raises UserError unless the sets are of the model's tokenizer."""
+    shards = [named.shards for named in sets]
+    if weights.tokenizer is not None:
+        lineage.check_made_with(weights.tokenizer, shards)
+    lineage.check_ids(shards, weights.arch.vocab_size)
+
+
+def evaluate_sets(
+    model: GPTNeoX, sets: Sequence[NamedSet], seq_len: int, micro_batch: int, world: World, title: str = ""
+) -> dict[str, dict[str, Any]]:
+    """{name: `evaluate`} of a model in the precision that training would choose. title: goes before a bar's name."""
     model.execution = Execution.choose(
         Train(tokens=Count(0), batch_tokens=Count(0)), world.device, model.arch.head_width, seq_len, False
     )
     results = {}
-    for name, shards in opened.items():
-        named = NamedSet.open(name, "other", shards, seq_len, tokens or len(shards))
-        with Bar(f"eval {name}", len(named.windows)) as bar:
-            results[name] = evaluate(model, named, seq_len, micro_batch, False, world, bar.update)
+    for named in sets:
+        with Bar(f"eval {title}{named.name}", len(named.windows)) as bar:
+            results[named.name] = evaluate(model, named, seq_len, micro_batch, False, world, bar.update)
     return results
+
+
+def evaluate_checkpoint(
+    source: str, sets: dict[str, str], seq_len: int, tokens: int | None, micro_batch: int, ema: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What `fastcpt eval` prints: `evaluate` of a checkpoint, a run or a Hugging Face model on {name: shard set}.
+
+    ema: of the moving average of a checkpoint's weights.
+    """
+    opened = open_sets([(name, "other", path) for name, path in sets.items()], seq_len, tokens, micro_batch)
+    world = parallel.start("single")
+    weights = Weights.open(source, ema)
+    check_sets(weights, opened)
+    return evaluate_sets(weights.model(world.device), opened, seq_len, micro_batch, world)
 
 
 def changes(results: dict[str, dict[str, Any]], start: dict[str, float]) -> dict[str, float]:

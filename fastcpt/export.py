@@ -12,12 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fastcpt import UserError, __version__, checkpoint, hf, lineage
+from fastcpt import UserError, __version__, checkpoint, hf
 from fastcpt.data import MILLION
 from fastcpt.metrics import parameter_count
 from fastcpt.model import Architecture
 from fastcpt.progress import short_count
 from fastcpt.schedules import Plan
+from fastcpt.weights import Weights
 
 UNKNOWN = "unknown"
 DEFINITIONS = (
@@ -26,19 +27,20 @@ DEFINITIONS = (
 )
 
 
-def export(source: str, output: str, push: str | None = None) -> str:
+def export(source: str, output: str, push: str | None = None, ema: bool = False) -> str:
     """Writes the model of a checkpoint, a run (its newest) or a Hugging Face model to the new folder `output`.
 
-    push: a hub id; the folder is then uploaded there (`upload`). Returns the repository's URL, or else the folder.
+    push: a hub id; the folder is then uploaded there (`upload`). ema: the moving average of a checkpoint's weights.
+    Returns the repository's URL, or else the folder.
     """
     if "://" in output:
         raise UserError("output-remote", f"{output}: a URL; name a folder of this machine")
     if push is not None:
         check_hub(push)  # before the work, as far as it can be known without the network
-    model, tokenizer, eod = lineage.load_model(source)
-    folder = tokenizer.parent if tokenizer else hf.resolve(source)
-    card = _card(source, folder, push)
-    hf.save_pretrained(model, output, tokenizer, eod, files={"README.md": card.encode()})
+    weights = Weights.open(source, ema)
+    card = _card(source, weights.folder, push, ema)
+    files = {"README.md": card.encode()}
+    hf.save_tensors(weights.tensor, weights.arch, output, weights.tokenizer, weights.eod, files=files)
     return output if push is None else upload(Path(output), push)
 
 
@@ -115,7 +117,20 @@ class Measured:
     changes: dict[str, float] = field(default_factory=dict)
 
 
-def _card(source: str, folder: Path, hub_id: str | None) -> str:
+def merged_card(shares: Sequence[tuple[str, float]], method: str) -> str:
+    """The card of an average of models. shares: (what named each, its weight)."""
+    rows = [(_named(source, Path(source).expanduser().is_dir()).name, f"{share:.6g}") for source, share in shares]
+    mean = "average" if method == "linear" else "spherical interpolation"
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt_neox, merge]\n---",
+        f"# A merged model\n\nThe {mean}, tensor by tensor, of the weights of GPT-NeoX language models:",
+        _table(("model", "weight"), rows),
+        f"Written by fastcpt {__version__}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _card(source: str, folder: Path, hub_id: str | None, ema: bool = False) -> str:
     """The card of what `source` names and `folder` holds; hub_id: where it goes."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -131,6 +146,8 @@ def _card(source: str, folder: Path, hub_id: str | None) -> str:
         base, measured = _base(state, run), _measured(state, run)
         scratch = state["config"]["init"]["from"] == "scratch"
         sections = [_intro(state, base), _model(arch), _data(state), _training(state), _evaluation(state, measured)]
+        if ema:
+            sections.insert(1, _averaged(state))
     title = _plain(title.rpartition("/")[2]) or "model"
     data = ModelCardData(
         base_model=base.hub_id,
@@ -259,6 +276,14 @@ def _intro(state: dict[str, Any], base: Base) -> str:
     moments = " and Adam's moments" if init["optimizer"] == "keep" else ""
     known = "" if state["history"]["complete"] else " What that was trained on is not known here in full."
     return f"A GPT-NeoX language model, continually pre-trained from the weights{moments} of {base.name}.{known}"
+
+
+def _averaged(state: dict[str, Any]) -> str:
+    half_life = state["config"]["train"]["ema"]
+    return (
+        f"These are a moving average of the run's weights, with a half-life of {half_life:,} tokens; the losses below are "
+        "those of the weights themselves."
+    )
 
 
 def _model(arch: Architecture) -> str:

@@ -1,9 +1,8 @@
 """Hugging Face checkpoint <-> our parameters, both ways.
 
-A checkpoint is a folder with `config.json` and safetensors: `model.safetensors`, or several files with
-`model.safetensors.index.json`. Tensors keep the names and the layout of `transformers`' GPT-NeoX (reference: its
-`models/gpt_neox` and FORMATS.md 4.4), so that reading and writing are bijections. Pickles are never opened, code that
-comes with a checkpoint is never run, and no file outside of the folder is read.
+A checkpoint is a folder with `config.json` and safetensors (`tensor_files.py`). Tensors keep the names and the layout of
+`transformers`' GPT-NeoX (reference: its `models/gpt_neox` and FORMATS.md 4.4), so that reading and writing are
+bijections. Code that comes with a checkpoint is never run, and no file outside of the folder is read.
 """
 
 import json
@@ -11,24 +10,21 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
+from torch import Tensor
 
-from fastcpt import UserError
-from fastcpt.integrity import check_inside, read_json, sync_directory, sync_file, write_json
+from fastcpt import UserError, tensor_files
+from fastcpt.integrity import read_json, sync_directory, sync_file, write_json
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import fill_
+from fastcpt.tensor_files import MAX_SHARD_BYTES, Stored, headers, member, opened
 
 log = logging.getLogger(__name__)
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5_000_000_000  # as transformers and huggingface_hub cut their files
 
 SIZES = {
     "layers": "num_hidden_layers",
@@ -65,16 +61,6 @@ FIXED = (
     ("auto_map", None, None, "code that comes with a model is never run; remove the key if this is plain GPT-NeoX",
      "model-brings-code"),
 )  # fmt: skip
-# Buffers that old files carry: masks and frequencies, which follow from the configuration.
-BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
-
-
-class Stored(NamedTuple):
-    """A tensor of a checkpoint, as its file's header says."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def resolve(source: str) -> Path:
@@ -109,16 +95,6 @@ def resolve(source: str) -> Path:
             f"{source}: no such folder, and the hub did not deliver it ({type(error).__name__}: {reason}); "
             "mend the name or the network, or give the folder of a downloaded copy",
         ) from error
-
-
-def member(directory: Path, name: str) -> Path:
-    """A file of the folder. Raises UserError for a link that leaves it: it could name any file of the machine."""
-    root = directory.resolve()
-    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
-        root = root.parents[2]  # the hub's cache: files are links to blobs beside the snapshots
-    path = directory / name
-    check_inside(path, root)
-    return path
 
 
 def read_architecture(directory: Path) -> Architecture:
@@ -182,106 +158,58 @@ def read_architecture(directory: Path) -> Architecture:
         raise UserError(error.id, f"{file}: {error}") from None
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, its errors turned into UserError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            "safetensors-damaged",
-            f"{path}: not a whole safetensors file ({error}); copy or download it again (a Git LFS pointer is not it)",
-        ) from None
-
-
-def headers(directory: Path) -> dict[str, Stored]:
-    """{name: tensor} of a checkpoint's files, from their headers alone; checks the index against them."""
-    weight_map = None
-    names = [SINGLE]
-    if not (directory / SINGLE).exists():
-        if not (directory / INDEX).exists():
-            found = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
-            way_out = (
-                f"it has {found[0]}, a pickle, which can run code and is never opened; convert it where you trust it: "
-                "transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
-                if found
-                else "give the folder of a Hugging Face checkpoint"
-            )
-            raise UserError("weights-missing", f"{directory}: neither {SINGLE} nor {INDEX}; {way_out}")
-        index = member(directory, INDEX)
-        weight_map = read_json(index, "the index of a checkpoint").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(
-                "weight-index-malformed", f"{index}: weight_map is {json.dumps(weight_map)}; download the index again"
-            )
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-                raise UserError(
-                    "path-outside-folder",
-                    f"{index}: {name} is in {json.dumps(file)}; it must be a plain file name of the folder",
-                )
-        names = sorted(set(weight_map.values()))
-    tensors: dict[str, Stored] = {}
-    for path in (member(directory, name) for name in names):
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                part = file.get_slice(name)
-                if weight_map is not None and weight_map.get(name) != path.name:
-                    raise UserError(
-                        "weight-index-disagrees",
-                        f"{path}: has {name}, which the index puts in {weight_map.get(name)}; download both again",
-                    )
-                tensors[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
-    for name, file in (weight_map or {}).items():
-        if name not in tensors:
-            raise UserError("tensor-missing", f"{directory / file}: {name} is missing; download the file again")
-    return {name: stored for name, stored in tensors.items() if not BUFFERS.fullmatch(name)}
-
-
 def file_name(parameter: str) -> str:
     """The name of one of our parameters in a Hugging Face checkpoint."""
     return parameter if parameter == "embed_out.weight" else f"gpt_neox.{parameter}"
+
+
+def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """{name in a Hugging Face checkpoint: shape} of all parameters."""
+    with torch.device("meta"):
+        return {file_name(name): tuple(each.shape) for name, each in GPTNeoX(arch).named_parameters()}
+
+
+def checked(directory: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """The tensors of a checkpoint, from their headers alone.
+
+    Raises UserError that names the file and the tensor when one is missing, unexpected, of another shape, or of a dtype
+    other than fp32, fp16 or bf16.
+    """
+    tensors = headers(directory)
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise UserError(
+            "tensor-missing",
+            f"{directory}: {missing[0]} is missing, {len(missing)} in all; take the weights that belong to its config.json",
+        )
+    for name, (path, dtype, shape) in sorted(tensors.items()):
+        if name not in expected:
+            wrong = f"{path}: {name} is unexpected; GPT-NeoX as config.json describes it has no such tensor"
+            raise UserError("tensor-unexpected", wrong)
+        if shape != expected[name]:
+            raise UserError(
+                "tensor-shape",
+                f"{path}: {name} has the shape {list(shape)}, config.json says {list(expected[name])}; "
+                "take the weights that belong to it",
+            )
+        if dtype not in ("F32", "F16", "BF16"):
+            wrong = f"{path}: {name} has the dtype {dtype}; save the weights as float32, float16 or bfloat16"
+            raise UserError("tensor-dtype", wrong)
+    return tensors
 
 
 @torch.no_grad()
 def load_weights_(model: GPTNeoX, directory: Path) -> None:
     """Overwrites every parameter of the model, on whatever device, with the tensor of its name, upcast exactly.
 
-    Takes memory for one tensor at a time. Raises UserError that names the file and the tensor when one is missing,
-    unexpected, of another shape, of a dtype other than fp32, fp16 or bf16, or not finite; for all but the last of
-    these before the model is changed.
+    Takes memory for one tensor at a time. Raises UserError for what `checked` refuses, before the model is changed, and
+    for values that are not finite.
     """
     parameters = {file_name(name): parameter for name, parameter in model.named_parameters()}
-    tensors = headers(directory)
-    if missing := sorted(parameters.keys() - tensors.keys()):
-        raise UserError(
-            "tensor-missing",
-            f"{directory}: {missing[0]} is missing, {len(missing)} in all; take the weights that belong to its config.json",
-        )
-    for name, (path, dtype, shape) in sorted(tensors.items()):
-        if name not in parameters:
-            wrong = f"{path}: {name} is unexpected; GPT-NeoX as config.json describes it has no such tensor"
-            raise UserError("tensor-unexpected", wrong)
-        if shape != parameters[name].shape:
-            raise UserError(
-                "tensor-shape",
-                f"{path}: {name} has the shape {list(shape)}, config.json says {list(parameters[name].shape)}; "
-                "take the weights that belong to it",
-            )
-        if dtype not in ("F32", "F16", "BF16"):
-            wrong = f"{path}: {name} has the dtype {dtype}; save the weights as float32, float16 or bfloat16"
-            raise UserError("tensor-dtype", wrong)
+    tensors = checked(directory, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
     for path in sorted({stored.file for stored in tensors.values()}):
         with opened(path) as file:
             for name in (name for name, stored in tensors.items() if stored.file == path):
-                tensor = file.get_tensor(name)
-                if bad := int((~tensor.isfinite()).sum()):
-                    wrong = f"{path}: {name} has {bad:,} values that are NaN or infinite; download it again"
-                    raise UserError("tensor-not-finite", wrong)
-                fill_(parameters[name], tensor)
+                fill_(parameters[name], tensor_files.read(path, name, file))
 
 
 def load_pretrained(path: str | Path, gelu: Literal["erf", "tanh"] | None = None) -> GPTNeoX:
@@ -351,31 +279,41 @@ def save_pretrained(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     files: dict[str, bytes] | None = None,
 ) -> None:
+    """`save_tensors` of a model."""
+    parameters = {file_name(name): parameter for name, parameter in model.named_parameters()}
+    save_tensors(parameters.__getitem__, model.arch, path, tokenizer, eod, max_shard_bytes, files)
+
+
+def save_tensors(
+    tensor: Callable[[str], Tensor],
+    arch: Architecture,
+    path: str | Path,
+    tokenizer: Path | None = None,
+    eod: str = "<|endoftext|>",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    files: dict[str, bytes] | None = None,
+) -> None:
     """Writes `config.json`, fp32 safetensors and, if given, the tokenizer, for `transformers` and `load_pretrained`.
 
-    The folder appears whole or not at all. tokenizer: a `tokenizer.json`, copied byte for byte; eod: its
-    end-of-document token; files: {name: content} that go beside, such as a README.md. Raises UserError when `path`
-    exists and is not an empty folder.
+    The folder appears whole or not at all. tensor: a name in a Hugging Face checkpoint -> its fp32 values, of which one
+    is in memory at a time; tokenizer: a `tokenizer.json`, copied byte for byte; eod: its end-of-document token; files:
+    {name: content} that go beside, such as a README.md. Raises UserError when `path` exists and is not an empty folder.
     """
-    from huggingface_hub import save_torch_state_dict
-
     path = Path(path).resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError("output-exists", f"{path}: exists; name a new folder, or remove it")
-    eod_id = None if tokenizer is None else end_of_document(tokenizer, eod, model.arch.vocab_size)
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    eod_id = None if tokenizer is None else end_of_document(tokenizer, eod, arch.vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:
-        state = {file_name(name): parameter.detach() for name, parameter in model.named_parameters()}
-        save_torch_state_dict(state, temporary, max_shard_size=max_shard_bytes)
-        write_json(temporary / "config.json", config_json(model.arch, eod_id))
+        tensor_files.write(temporary, shapes(arch), tensor, max_shard_bytes)
+        write_json(temporary / "config.json", config_json(arch, eod_id))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
             settings = {
                 "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
-                "model_max_length": model.arch.max_positions,
+                "model_max_length": arch.max_positions,
                 "clean_up_tokenization_spaces": False,
                 **dict.fromkeys(("bos_token", "eos_token", "unk_token"), eod),
             }
@@ -383,7 +321,6 @@ def save_pretrained(
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
         for file in temporary.iterdir():
-            file.chmod((temporary / "config.json").stat().st_mode)  # safetensors makes files for their owner alone
             sync_file(file)
         sync_directory(temporary)
         temporary.rename(path)

@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from fastcpt import UserError, checkpoint, hf
 from fastcpt.config import Config, to_dict
 from fastcpt.data import Mixture, Phase, PhaseSource, parts_per_million, taken
-from fastcpt.model import Architecture, GPTNeoX, resolve_architecture
+from fastcpt.model import Architecture, resolve_architecture
 from fastcpt.parallel import World
 from fastcpt.phases import Span, lay_out
 from fastcpt.schedules import Plan
@@ -101,27 +99,6 @@ def find_origin(config: Config, world: World) -> Origin:
 def _reaching(arch: Architecture, config: Config) -> Architecture:
     """An export says the longest sequence that the model was trained on."""
     return replace(arch, max_positions=max(arch.max_positions, config.data.seq_len))
-
-
-def load_model(source: str, device: torch.device | str = "cpu") -> tuple[GPTNeoX, Path | None, str]:
-    """The model of a checkpoint, a run (its newest) or a Hugging Face folder or id, fp32 on the device.
-
-    Returns (model, its tokenizer.json or None, its end-of-document token).
-    """
-    found = checkpoint.find(source)
-    folder = found or hf.resolve(source)
-    state = read_state(found, FOR_WEIGHTS[:2]) if found else None
-    arch = Architecture(**state["architecture"]) if state else hf.read_architecture(folder)
-    with torch.device("meta"):
-        model = GPTNeoX(arch)
-    model.to_empty(device=device)
-    if found:
-        parameters = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-        checkpoint.load_tensors_(found, parameters, World(0, 1, torch.device(device)))
-    else:
-        hf.load_weights_(model, folder)
-    tokenizer = folder / "tokenizer.json"
-    return model, tokenizer if tokenizer.exists() else None, state["eod_token"] if state else "<|endoftext|>"
 
 
 def fingerprints(entries: Sequence[Any], sets: dict[str, ShardSet]) -> dict[str, str]:

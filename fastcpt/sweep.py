@@ -37,7 +37,7 @@ def complete(job: Job) -> bool:
         return False
     state = lineage.read_state(job.folder / "checkpoints" / f"step-{steps[-1]}", lineage.FOR_POSITION)
     lineage.check_resume(job.config, state, state["data"]["fingerprints"])
-    return state["step"] >= Plan.from_dict(state["plan"]).last_step(job.config.run.stop_at) and not state["unevaluated"]
+    return state["step"] >= Plan(**state["plan"]).last_step(job.config.run.stop_at) and not state["unevaluated"]
 
 
 def tokens_of(job: Job) -> int:

@@ -151,7 +151,8 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         results = function(*arguments, **(options or {}))
         for tensor in tree_leaves(results):
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            real = isinstance(tensor, Tensor) and not tensor.is_meta
+            storage = tensor.untyped_storage() if real else None
             if storage is not None and storage._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()

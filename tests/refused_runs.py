@@ -5,7 +5,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from refusals import TENSORS_FILE, Case, absent, both, change, copied, cut, edit, flip, gone, link, moved, put, sealed
+from refusals import (
+    TENSORS_FILE,
+    Case,
+    absent,
+    both,
+    change,
+    copied,
+    cut,
+    edit,
+    flip,
+    gone,
+    link,
+    model,
+    moved,
+    put,
+    sealed,
+)
 
 from fastcpt import checkpoint, saving
 
@@ -395,4 +411,33 @@ CASES = (
          "https://***@host/project: the run's files would keep the password; write it without"),
     Case("data-not-name-and-folder", "evaluated on a set without a name", "eval run --data shards",
          "--data shards: write it as NAME=DIR"),
+    # Weights after the run.
+    Case("merge-too-few", "merged one model", "merge run --output out",
+         "merge: one model, run; name at least two"),
+    Case("merge-slerp-two", "three models on a sphere", "merge run hf run --method slerp --output out",
+         "merge: --method slerp takes two models and no --decay; use linear"),
+    Case("merge-weights", "a weight too few", "merge run hf --weights 1 --output out",
+         "--weights: 1 numbers for 2 models; give one for each"),
+    Case("merge-weights", "weights that sum to nothing", "merge run hf --weights 1 -1 --output out",
+         "--weights [1.0, -1.0]: they must be finite and sum to more than 0"),
+    Case("merge-decay-steps", "a decay over a model without a step", "merge run hf --decay linear --output out",
+         "--decay: hf is no checkpoint, and has no step; use --weights"),
+    Case("merge-decay-steps", "a decay over one checkpoint twice", f"merge run {LAST} --decay linear --output out",
+         "--decay: steps [4, 4]; give each checkpoint of a run once"),
+    Case("models-differ", "merged models of two shapes", "merge run hf --output out",
+         "hf: its rotary_fraction is 0.5, that of run 0.25; only weights of one architecture can be averaged",
+         model(rotary_pct=0.5, rope_parameters=None)),
+    Case("tokenizer-differs", "merged models of two vocabularies", "merge run hf --output out",
+         "hf/tokenizer.json: another tokenizer than run/checkpoints/step-4/tokenizer.json; only weights of one vocabulary …",
+         copied("code.json", "hf/tokenizer.json")),
+    Case("output-exists", "merged into a folder that is there", "merge run hf --output hf",
+         "…/hf: exists; name a new folder, or remove it"),
+    Case("output-remote", "merged into a store", "merge run hf --output s3://bucket/out",
+         "s3://bucket/out: a URL; name a folder of this machine"),
+    Case("ema-missing", "evaluated an average that was not kept", "eval run --data a=shards --seq-len 32 --ema",
+         "run: has no moving average of its weights; leave out --ema, or train with train.ema set"),
+    Case("option-missing", "the way between models on no data", "interpolate hf run",
+         "interpolate: name shard sets with --upstream, --downstream or --data NAME=DIR"),
+    Case("option-out-of-range", "no number as a point of the way", "interpolate hf run --points 0,nan --data a=shards",
+         "--points [0.0, nan]: give numbers such as 0 0.5 1"),
 )

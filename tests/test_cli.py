@@ -13,7 +13,8 @@ import yaml
 
 from fastcpt import __version__, cli
 
-COMMANDS = ["prep", "convert", "inspect", "verify", "plan", "train", "eval", "export", "report", "bench", "demo"]
+COMMANDS = ["prep", "convert", "inspect", "verify", "plan", "train", "eval", "export", "merge", "interpolate", "report",
+            "bench", "demo"]  # fmt: skip
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

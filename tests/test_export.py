@@ -20,10 +20,11 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from fastcpt import UserError, checkpoint, hf, lineage, train
+from fastcpt import UserError, checkpoint, hf, train
 from fastcpt import export as exporting
 from fastcpt.config import Config, Count, Source, ValidationSet
 from fastcpt.export import export, model_card
+from fastcpt.weights import Weights
 
 SEQ_LEN, BATCH = 16, 6
 ODD = "a|b: `c` *d* _e_ [f](g) <h> ~~i~~ &lt; \\|\n---\nlicense: mit\n"  # would break tables, Markdown, YAML
@@ -127,7 +128,7 @@ def test_a_reader_of_the_card_finds_the_numbers(runs: Path) -> None:
     card = model_card(str(runs / "cpt"))
     model, data, training, evaluation = tables(card)
     assert dict(model)["layers, width, heads"] == "2, 24, 3"
-    ours, _, _ = lineage.load_model(str(runs / "cpt"))
+    ours = Weights.open(str(runs / "cpt")).model()
     assert dict(model)["parameters"].startswith(f"{sum(each.numel() for each in ours.parameters()):,} (")
     state = checkpoint.read_state(runs / "cpt" / "checkpoints" / "step-5")
     fingerprints, seen = state["data"]["fingerprints"]["train"], state["data"]["seen"]
@@ -266,7 +267,7 @@ def test_a_model_that_fastcpt_did_not_train(runs: Path, tmp_path: Path) -> None:
 def test_an_export_has_its_card(runs: Path, tmp_path: Path) -> None:
     assert export(str(runs / "cpt"), str(tmp_path / "out")) == str(tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == model_card(str(runs / "cpt"))
-    ours, _, _ = lineage.load_model(str(runs / "cpt"))
+    ours = Weights.open(str(runs / "cpt")).model()
     assert all((a == b).all() for a, b in zip(ours.parameters(), hf.load_pretrained(tmp_path / "out").parameters()))
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from fastcpt import UserError, hf
+from fastcpt import UserError, hf, tensor_files
 from fastcpt.model import Architecture, GPTNeoX
 
 ARCH = Architecture(
@@ -495,7 +495,9 @@ def test_files_hold_the_same_tensors_after_import_and_export(
     ours = hf.load_pretrained(written_by_transformers)
     hf.save_pretrained(ours, tmp_path / "out", max_shard_bytes=limit)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert (len(files) > 2) == (limit == 50_000) and (tmp_path / "out" / hf.INDEX).exists() == (len(files) > 1)
+    assert (len(files) > 2) == (limit == 50_000) and (tmp_path / "out" / tensor_files.INDEX).exists() == (
+        len(files) > 1
+    )
     assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1, "one file is less readable"
     exported: dict[str, torch.Tensor] = {}
     for file in files:
@@ -538,11 +540,10 @@ def test_existing_output_is_refused_and_an_empty_folder_is_not(tmp_path: Path) -
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
 
 
-@pytest.mark.parametrize("failing", ["save_torch_state_dict", "sync_file"])
+@pytest.mark.parametrize("failing", ["tensor_files.write", "hf.sync_file"])
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     model = GPTNeoX(Architecture(1, 8, 1, 17))
-    where = "huggingface_hub" if failing == "save_torch_state_dict" else "fastcpt.hf"
-    monkeypatch.setattr(f"{where}.{failing}", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(f"fastcpt.{failing}", mock.Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         hf.save_pretrained(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,6 @@ from fastcpt import (
     cost,
     evaluation,
     hf,
-    lineage,
     memory,
     metrics,
     plan,
@@ -33,6 +32,7 @@ from fastcpt.config import Config, Count, Kind, Source, ValidationSet
 from fastcpt.model import PRESETS, Architecture, GPTNeoX
 from fastcpt.schedules import Plan, curve
 from fastcpt.shards import ShardSet, write_manifest
+from fastcpt.weights import Weights
 
 SEQ_LEN, BATCH = 16, 6
 NO_MODEL = {"layers": None, "width": None, "heads": None, "vocab_size": None}
@@ -203,8 +203,8 @@ def test_a_run_evaluates_saves_and_takes_space_as_planned(
     for path in (folder / "checkpoints").iterdir():
         real = sum(file.stat().st_size for file in path.iterdir())
         assert space.checkpoint == pytest.approx(real, rel=0.01, abs=6_000)
-    model, tokenizer, eod = lineage.load_model(str(folder))  # as `fastcpt export` does it
-    hf.save_pretrained(model, tmp_path / "export", tokenizer, eod)
+    source = Weights.open(str(folder))  # as `fastcpt export` does it
+    hf.save_tensors(source.tensor, source.arch, tmp_path / "export", source.tokenizer, source.eod)
     real = sum(file.stat().st_size for file in (tmp_path / "export").iterdir())
     assert space.export == pytest.approx(real, rel=0.01, abs=3_000)
 
