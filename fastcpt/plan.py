@@ -179,6 +179,8 @@ def evaluations(prepared: Prepared) -> tuple[int, int, float]:
     if last > step:  # the last step is always due
         warmup_end = min(prepared.plan.first + prepared.plan.warmup, last - 1)
         dense = multiples(step, warmup_end, max(1, every // 4))
+        peak = prepared.plan.first + prepared.plan.warmup  # evaluated too, where it is none of those
+        dense += step < peak < last and peak % max(1, every // 4) > 0
         times += dense + multiples(max(step, warmup_end), last - 1, every) + 1
     windows = [len(named.windows) for named in prepared.validation]
     padded = sum(-(-count // micro) * micro for count in windows) * config.data.seq_len
