@@ -15,8 +15,8 @@ from typing import Any
 
 from fastcpt import UserError
 from fastcpt.grid import Job
+from fastcpt.pending import PREEMPTED, Pending
 from fastcpt.progress import Bar
-from fastcpt.sweep import PREEMPTED, Sweep
 
 POLL_SECONDS = 10.0
 PORT = 29400  # of torchrun's rendezvous, on a job's first machine
@@ -53,7 +53,7 @@ def launch(file: str) -> int:
     return code
 
 
-def submit(sweep: Sweep, text: str) -> None:
+def submit(sweep: Pending, text: str) -> None:
     """Submits what is left of the sweep, and waits for it. Ctrl-C leaves the jobs to Slurm."""
     try:
         import submitit
@@ -86,7 +86,7 @@ def submit(sweep: Sweep, text: str) -> None:
     wait(sweep, jobs)
 
 
-def wait(sweep: Sweep, jobs: dict[Path, Any]) -> None:
+def wait(sweep: Pending, jobs: dict[Path, Any]) -> None:
     """Until all have ended."""
     under_way: dict[Path, Job] = {job.folder: job for job in sweep.left}
     begun = time.monotonic()

@@ -21,34 +21,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcpt import checkpoint, grid, lineage
+from fastcpt import grid
 from fastcpt.grid import Job
-from fastcpt.progress import Bar, short_count, short_time
-from fastcpt.schedules import Plan
+from fastcpt.pending import FAILED, PREEMPTED, Pending, log_of, tokens_of
+from fastcpt.progress import Bar, short_count
 
-PREEMPTED, FAILED = 75, 1
 GRACE_SECONDS = 600  # for workers to save their runs and end, when the sweep is told to stop
-
-
-def complete(job: Job) -> bool:
-    """Whether the run is at its end, evaluated. Raises UserError where its folder holds another run than the file's."""
-    steps = checkpoint.steps(job.folder)
-    if not steps:
-        return False
-    state = lineage.read_state(job.folder / "checkpoints" / f"step-{steps[-1]}", lineage.FOR_POSITION)
-    lineage.check_resume(job.config, state, state["data"]["fingerprints"])
-    return state["step"] >= Plan(**state["plan"]).last_step(job.config.run.stop_at) and not state["unevaluated"]
-
-
-def tokens_of(job: Job) -> int:
-    """That the run trains on, up to where it stops; a branch's steps are counted from its checkpoint, which may be to come."""
-    train, stop = job.config.train, job.config.run.stop_at
-    whole = not stop or job.config.init.branch
-    return train.tokens if whole else min(train.tokens, stop * train.batch_tokens)
-
-
-def log_of(job: Job, output: Path) -> Path:
-    return output / "logs" / f"{job.arm}-seed-{job.seed}.log"
 
 
 class Worker:
@@ -121,53 +99,6 @@ def serve() -> None:
         gc.collect()
 
 
-class Sweep:
-    """The jobs of a grid that are still to do, given to whoever asks, in order, each after those that it needs."""
-
-    def __init__(self, jobs: Sequence[Job], output: Path) -> None:
-        self.output = output
-        self.done = {job.folder for job in jobs if complete(job)}
-        self.failed: dict[Path, str] = {}
-        self.stopping = False
-        self.left = [job for job in jobs if job.folder not in self.done]
-        self._count, self._changed = len(jobs), threading.Condition()
-
-    def take(self) -> Job | None:
-        """The next job; waits for one. None where there will be none."""
-        with self._changed:
-            while True:
-                for job in list(self.left):
-                    if lost := [folder for folder in job.needs if folder in self.failed]:
-                        self.left.remove(job)
-                        self.failed[job.folder] = f"not started: {lost[0]} failed"
-                ready = [job for job in self.left if self.done.issuperset(job.needs)]
-                if self.stopping or not self.left:
-                    return None
-                if ready:
-                    self.left.remove(ready[0])
-                    return ready[0]
-                self._changed.wait()
-
-    def ended(self, job: Job, code: int, seconds: float, bar: Bar) -> None:
-        with self._changed:
-            if code == 0:
-                self.done.add(job.folder)
-                bar.print(f"{len(self.done)} of {self._count}: {job.name} done in {short_time(seconds)}")
-            elif code == PREEMPTED:
-                self.stopping = True
-            else:
-                why = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
-                self.failed[job.folder] = f"{why}; see {log_of(job, self.output)}"
-                bar.print(f"{job.name} failed: {self.failed[job.folder]}")
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        self.stopping = True
-        if self._changed.acquire(timeout=1):
-            self._changed.notify_all()
-            self._changed.release()
-
-
 @contextlib.contextmanager
 def _stopped_by_signals(stop: Any) -> Iterator[None]:
     """SIGTERM, SIGUSR1 and Ctrl-C call `stop`, while this is entered."""
@@ -182,7 +113,7 @@ def _stopped_by_signals(stop: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def here(sweep: Sweep, count: int) -> None:
+def here(sweep: Pending, count: int) -> None:
     """Trains what is left on this machine, `count` runs at once."""
     import torch
 
@@ -216,7 +147,7 @@ def here(sweep: Sweep, count: int) -> None:
 def run(file: str, jobs: int | None, slurm: str | None, dry: bool) -> int:
     """What `fastcpt sweep` does. Exit codes: 0 all done; 1 some runs failed; 75 stopped on a signal, run again to go on."""
     plan = grid.read(file)
-    sweep = Sweep(plan.jobs, plan.output)
+    sweep = Pending(plan.jobs, plan.output)
     tokens = sum(map(tokens_of, sweep.left))
     print(
         f"{file}: {len(plan.jobs)} runs, {len(sweep.done)} complete, {short_count(tokens)} tokens to train", flush=True

@@ -213,6 +213,7 @@ OVERRIDES: dict[str, tuple[str, Any]] = {
     "run.timeout": ("60", 60.0),
     "run.check_every": ("100", 100),
     "run.profile": ("50", 50),
+    "run.stop_at": ("9", 9),
     "train.skip_spikes": ("6", 6.0),
 }
 
@@ -422,7 +423,7 @@ train.precision train.kernels train.loss train.attention train.skip_spikes
 optim.lr optim.betas optim.eps optim.weight_decay optim.clip optim.moments
 schedule.kind schedule.warmup schedule.cooldown schedule.decay schedule.min_lr_ratio
 run.output run.log_every run.eval_every run.eval_tokens run.save_every run.keep run.keep_every run.tensorboard run.wandb
-run.timeout run.check_every run.profile
+run.timeout run.check_every run.stop_at run.profile
 """
 
 

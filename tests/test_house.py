@@ -15,7 +15,7 @@ FILES = {
     for folder, package in ROOMS.items()
     for path in sorted((ROOT / folder).glob("*.py"))
 }
-TRAINING = {"fastcpt.cli", "fastcpt.demo"} | {
+TRAINING = {"fastcpt.cli", "fastcpt.demo", "fastcpt.sweep"} | {
     f"fastcpt.benchmarks.{name}" for name in ("train_rivals", "overheads_run")
 }
 # Modules that only `import X` inside a function may name: they are heavy, or not everybody has them.
