@@ -161,6 +161,22 @@ def _train(arguments: argparse.Namespace) -> int:
     return train.main(arguments.rest)
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from fastcpt import sweep
+
+    return sweep.run(arguments.file, arguments.jobs, arguments.slurm, arguments.dry_run)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Trains what is missing of a grid of runs, and writes their evaluations to OUTPUT/results.csv."
+    parser.add_argument("file", metavar="FILE", help="the sweep's file: fastcpt/grid.py says how it is written")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (default: one a GPU, or one)")
+    parser.add_argument(
+        "--slurm", metavar="NAME=VALUE,...", help="submit to Slurm: partition=gpu,gpus_per_node=8,timeout_min=600,..."
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list the runs that are missing, and how to start each")
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from fastcpt.report import report
 
@@ -270,6 +286,7 @@ COMMANDS: dict[str, commands.Command] = {
     "plan": ("what a run will cost before it starts", None, _plan),
     "train": ("pre-train or continue pre-training; under torchrun too", None, _train),
     **commands.COMMANDS,
+    "sweep": ("train what is missing of a grid of runs, here or on Slurm", _add_sweep, _sweep),
     "report": ("figures and one HTML page out of runs", _add_report, _report),
     "bench": ("measure this machine", _add_bench, _bench),
     "demo": ("the whole story on text that comes with Python", _add_demo, _demo),

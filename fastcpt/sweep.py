@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcpt import grid
+from fastcpt import UserError, grid
 from fastcpt.grid import Job
 from fastcpt.pending import FAILED, PREEMPTED, Pending, log_of, tokens_of
 from fastcpt.progress import Bar, short_count
@@ -113,12 +113,13 @@ def _stopped_by_signals(stop: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def here(sweep: Pending, count: int) -> None:
-    """Trains what is left on this machine, `count` runs at once."""
+def here(sweep: Pending, jobs: int | None) -> None:
+    """Trains what is left on this machine, `jobs` runs at once; None: one a GPU, or one."""
     import torch
 
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(n) for n in range(torch.cuda.device_count())] if shown is None else shown.split(",") if shown else []
+    count = jobs or len(gpus) or 1
     workers = [Worker(number, count, gpus) for number in range(count)]
     total = sum(map(tokens_of, sweep.left))
     sweep.output.joinpath("logs").mkdir(parents=True, exist_ok=True)
@@ -146,6 +147,8 @@ def here(sweep: Pending, count: int) -> None:
 
 def run(file: str, jobs: int | None, slurm: str | None, dry: bool) -> int:
     """What `fastcpt sweep` does. Exit codes: 0 all done; 1 some runs failed; 75 stopped on a signal, run again to go on."""
+    if jobs is not None and jobs < 1:
+        raise UserError("option-out-of-range", f"--jobs {jobs}: must be 1 or more")
     plan = grid.read(file)
     sweep = Pending(plan.jobs, plan.output)
     tokens = sum(map(tokens_of, sweep.left))
@@ -163,7 +166,7 @@ def run(file: str, jobs: int | None, slurm: str | None, dry: bool) -> int:
 
             cluster.submit(sweep, slurm)
         else:
-            here(sweep, jobs or 1)
+            here(sweep, jobs)
     from fastcpt import results
 
     print(results.write(plan))

@@ -26,6 +26,7 @@ ONE = "ab-reset-0.01"  # warm-up 1%, the base's peak rate, Adam reset, no replay
 RATES = {"0.5 x": "rate-half", "1 x": ONE, "2 x": "rate-two"}
 REPLAY = ("0.5%", "1%", "5%", "10%", "25%", "50%")
 EARLY = 160  # the step at 20% of an arm of 800
+SWITCHES = (800, 1600)  # steps: of R9's three thirds
 WINDOW = (360, 510)  # steps: 12% to 17% of R5's schedule of 3,000
 
 
@@ -270,6 +271,48 @@ class Judge:
             "R8", "Continuing with replay comes near to training on both from scratch",
             "0.02 between the mean of both losses with 5% of replay and of the union (405M, weak shift; 2403.08763)", [],
             [f"mean of both losses: 5% of replay - union = {bounds(gap)}; reported, not judged"],
+        )  # fmt: skip
+
+    def bump(self, arm: str, seed: int) -> float:
+        """How far L_A rises in the 200 steps after a switch above what it was there; mean of both switches."""
+        rises = []
+        for switch in SWITCHES:
+            near = [p.loss for p in self.results.curve(arm, seed, "a") if switch <= p.step <= switch + 200]
+            rises.append(max(near) - near[0])
+        return sum(rises) / len(rises)
+
+    def r9(self) -> Claim:
+        checks = [
+            same(f"final L_A: infinite - {name}", self.difference("three-infinite", arm, self.final("a")), 2 * DELTA)
+            for name, arm in (("three cosines", "three-cosines"), ("one cosine", "three-one"))
+        ]
+        checks.append(
+            positive(
+                "rise of L_A after the switches: three cosines - infinite",
+                self.difference("three-cosines", "three-infinite", self.bump),
+            )
+        )
+        for switch in SWITCHES:
+            values = self.difference("three-infinite", "three-cosines", self.at("a", switch))
+            checks.append(positive(f"L_A at step {switch:,}: infinite, not annealed - three cosines", values))
+            pairs = zip(
+                self.by_seed(self.at("a", switch), "three-infinite"), self.by_seed(self.final("a"), f"anneal-{switch}")
+            )
+            values = [before - after for (before,), (after,) in pairs]
+            checks.append(
+                positive(f"L_A at step {switch:,}: infinite, before - after annealing over 112 steps", values)
+            )
+        every = {"three cosines": "three-cosines", "infinite": "three-infinite", "one cosine": "three-one"}
+
+        def between(arm: str, seed: int) -> float:
+            return self.results.within(arm, seed, "a", SWITCHES[0] + 1, SWITCHES[0] + 400)
+
+        return Claim(
+            "R9", "An infinite schedule needs no re-warming",
+            "Without a shift, cosines that are restarted and infinite schedules end alike (405M, 3 x 100B tokens; 2403.08763, Figure 10); "
+            "re-warming itself makes a model forget (2503.02844)", checks,
+            [self.row("rise of L_A after the switches", every, self.bump), self.row("L_A in the 400 steps after the first switch", every, between),
+             self.row("final L_A", every, self.final("a"))],
         )  # fmt: skip
 
     def r10(self) -> Claim:
