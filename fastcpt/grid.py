@@ -86,7 +86,7 @@ def _load(file: Path) -> dict[str, Any]:
         raise _wrong(file, f"not YAML: {' '.join(str(error).split())}") from None
 
 
-def _expanded(file: Path, arms: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[int] | None]]:
+def expanded(file: Path, arms: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[int] | None]]:
     """{arm: (its settings, its seeds or None)}, with the grids multiplied out."""
     out: dict[str, tuple[dict[str, Any], list[int] | None]] = {}
     for name, arm in arms.items():
@@ -141,7 +141,7 @@ def outline(path: str | Path) -> tuple[Path, dict[str, list[str]]]:
     file = Path(path)
     content = _mapping(file, _load(file), "the file", KEYS)
     arms = _mapping(file, content.get("arms") or {}, "arms")
-    return Path(str(content.get("output"))), _figures(file, content, _expanded(file, arms))
+    return Path(str(content.get("output"))), _figures(file, content, expanded(file, arms))
 
 
 def parse_sections(sections: dict[str, Any]) -> Config:
@@ -167,7 +167,7 @@ def read(path: str | Path) -> Grid:
     base = content["base"]
     base = _load(file.parent / base) if isinstance(base, str) else _mapping(file, base, "base")
     output, common = Path(str(content["output"])), _mapping(file, content.get("set") or {}, "set")
-    arms = _expanded(file, _mapping(file, content["arms"], "arms"))
+    arms = expanded(file, _mapping(file, content["arms"], "arms"))
     figures = _figures(file, content, arms)
     usual = content.get("seeds", [0])
     jobs: dict[tuple[str, int], Job] = {}

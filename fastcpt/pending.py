@@ -1,5 +1,6 @@
 """What is left of a sweep: its runs, each after those that it needs, given to whoever has time."""
 
+import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ class Pending:
             if code == 0:
                 self.done.add(job.folder)
                 bar.print(f"{len(self.done)} of {self._count}: {job.name} done in {short_time(seconds)}")
-            elif code == PREEMPTED:
+            elif code == PREEMPTED or (self.stopping and code == -signal.SIGTERM):  # before it had a step to save
                 self.stopping = True
             else:
                 why = f"exit code {code}" if code > 0 else f"ended by signal {-code}"

@@ -1,6 +1,4 @@
-"""The claims of the papers, judged by the experiments' table; the page docs/claims.md is made of it.
-
-    python benchmarks/experiments/claims.py                 writes the page
+"""The claims of the papers, judged by the experiments' table; claims_page.py writes docs/claims.md of it.
 
 Arms are those of grid.yaml; names of sets: a upstream, b weak shift, c strong shift. Losses are nats a token, a token is a
 byte. The thresholds were fixed before the runs. A check of a sign holds if it has that sign with every seed and its mean is
@@ -9,18 +7,11 @@ over twice its standard error, and fails if the opposite does so; one of equalit
 hold, not reproduced if one fails.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from fastcpt.results import Results, above, equivalent, interval
 
-ROOT = Path(__file__).parent.parent.parent
-TABLE = ROOT / "benchmarks" / "results" / "experiments.csv"
-RESUME = ROOT / "benchmarks" / "results" / "experiments_resume.json"
-PAGE = ROOT / "docs" / "claims.md"
 DELTA = 0.005  # of R1
 ONE = "ab-reset-0.01"  # warm-up 1%, the base's peak rate, Adam reset, no replay
 RATES = {"0.5 x": "rate-half", "1 x": ONE, "2 x": "rate-two"}
@@ -327,85 +318,9 @@ class Judge:
         )  # fmt: skip
 
 
-def resume(measured: dict[str, Any]) -> Claim:
-    """R6, of resume.py's file: no seeds, equality of bits."""
-    exact, others = measured["exact"], measured["others"]
-    checks = [
-        Check(f"stopped and resumed: {what} are the same bits", [], equal) for what, equal in exact.items()
-    ] + [Check(f"{what}: other weights", [], entry["differs"]) for what, entry in others.items()]  # fmt: skip
-    notes = [f"final L_A: uninterrupted {measured['loss']:.4f}"]
-    notes += [
-        f"final L_A, {what}: {entry['loss']:.4f} ({entry['loss'] - measured['loss']:+.4f})"
-        for what, entry in others.items()
-    ]
-    return Claim(
-        "R6", "Only an exact resume is a resume",
-        "Resuming must restore the rate and its decay, Adam's moments and the data position (inferred from 2308.04014's third finding)",
-        checks, notes,
-    )  # fmt: skip
-
-
 def bounds(values: Sequence[float]) -> str:
     """The mean and its 95% interval."""
     if not values:
         return ""
     found = interval(values)
     return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]" if len(values) > 1 else f"{found.mean:+g}"
-
-
-def page(claims: Sequence[Claim], about: str) -> str:
-    """Markdown."""
-    lines = ["# The papers' claims, on a small model", "", about, ""]
-    lines += ["| claim | | verdict |", "|---|---|---|"]
-    lines += [
-        f"| [{claim.id}](#{claim.id.lower()}) | {claim.title} | {claim.verdict if claim.checks else 'reported'} |"
-        for claim in claims
-    ]
-    words = {True: "holds", False: "**fails**", None: "undecided"}
-    for claim in claims:
-        lines += ["", f'<a id="{claim.id.lower()}"></a>', "", f"## {claim.id}: {claim.title}", ""]
-        lines += [f"The papers: {claim.paper}.", ""]
-        if claim.checks:
-            lines += [
-                f"**{claim.verdict[0].upper()}{claim.verdict[1:]}.**",
-                "",
-                "| check | mean [95% interval] | by seed | |",
-                "|---|---|---|---|",
-            ]
-        for check in claim.checks:
-            values = ", ".join(f"{value:+.4f}" for value in check.values)
-            lines.append(f"| {check.what} | {bounds(check.values)} | {values} | {words[check.holds]} |")
-        lines += ["", *(f"- {note}" for note in claim.notes)]
-    return "\n".join(lines) + "\n"
-
-
-ABOUT = """Models of 81,312 parameters over bytes learn the documentation of Linux and Perl (A, 33 MB) and continue on that of
-Python (B, a weak shift) or on Chinese manuals (C, a strong one): `benchmarks/experiments/grid.yaml` has every arm,
-`corpus.py` beside it makes the text, `claims.py` judges and says how. Bases had 40 tokens a parameter, R5's 302; every arm ran
-on three independent bases, each with a data order of its own. All numbers come from `benchmarks/results/experiments.csv`,
-losses are nats a byte. A small model shows signs and orders, not the papers' sizes."""
-
-
-def render() -> str:
-    judge = Judge(Results.read(TABLE))
-    measured = json.loads(RESUME.read_text())
-    return page(
-        [
-            judge.r1(),
-            judge.r2(),
-            judge.r3(),
-            judge.r4(),
-            judge.r5(),
-            resume(measured),
-            judge.r7(),
-            judge.r8(),
-            judge.r9(),
-            judge.r10(),
-        ],
-        ABOUT,
-    )
-
-
-if __name__ == "__main__":
-    PAGE.write_text(render(), encoding="utf-8")
-    print(PAGE)
