@@ -1,32 +1,45 @@
 """What a run will cost, before it starts: work, data, memory, disk, evaluation, the learning rate, and advice.
 
     fastcpt plan --config FILE [--gpus N] [--per-machine M] [--memory GIB] [--gpu NAME [--price P]]
-                 [--section.field VALUE ...]
+                 [--priority new|balanced|old] [--budget TOKENS] [--shift] [--section.field VALUE ...]
     fastcpt plan --table            every Pythia on 1, 8, 64 and 512 of each GPU
 
-Formulas alone: no weight is read, no model is built, nothing is written. What `train` would refuse is refused here, by
-the same functions.
+Formulas alone: no weight is read, no model is built (but for --shift, which evaluates the start), nothing is written.
+What `train` would refuse is refused here, and what it would advise is advised, by the same functions.
 """
 
 import argparse
 import math
 import os
 import shutil
-import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastcpt import UserError, checkpoint, cost, guidance, hf, layout, lineage, memory, metrics, published, spending
-from fastcpt.config import Config, parse
+from fastcpt import (
+    UserError,
+    checkpoint,
+    cost,
+    guidance,
+    hf,
+    layout,
+    lineage,
+    memory,
+    metrics,
+    pretraining,
+    published,
+    shift,
+    spending,
+)
+from fastcpt.config import Config, Count, parse
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
 from fastcpt.metrics import short_count
 from fastcpt.parallel import World
-from fastcpt.schedules import ASCII, BLOCKS, Plan, drawing
+from fastcpt.schedules import BLOCKS, Plan, drawing
 
 PER_MACHINE, MEMORY_GIB = 8, 80  # unless they are said: processes of a machine, memory of the device of each
 WIDTH = 100  # columns of the output
@@ -39,7 +52,7 @@ class Prepared:
     config: with a micro-batch, which the layout's reason speaks of where it was chosen: micro_batch.
     step, samples: done before the run starts or goes on. share: sequences a step of the process that takes the most.
     machine: processes on each machine. device_bytes: memory of the device of each. gpu: which of `cost.DEVICES` it is, None:
-    not said. price: of a GPU-hour, in any currency.
+    not said. price: of a GPU-hour, in any currency. asked: for advice.
     """
 
     config: Config
@@ -56,6 +69,7 @@ class Prepared:
     gpu: str | None = None
     price: float | None = None
     micro_batch: str = ""
+    asked: guidance.Asked = field(default_factory=guidance.Asked)
 
     @property
     def last_step(self) -> int:
@@ -88,10 +102,6 @@ class Prepared:
     def tokens(self) -> int:
         """Still to be trained on."""
         return (self.last_step - self.step) * self.config.train.batch_tokens
-
-    @property
-    def fresh_moments(self) -> bool:
-        return guidance.fresh_moments(self.config, self.origin)
 
 
 def prepare(config: Config, processes: int, **hardware: Any) -> Prepared:
@@ -189,24 +199,10 @@ def disk(prepared: Prepared) -> Disk:
 
 
 def advice(prepared: Prepared) -> list[str]:
-    """What deserves a second look, with the paper that says so. Nothing of it is refused."""
-    config, plan, kind, space = prepared.config, prepared.plan, prepared.origin.kind, disk(prepared)
-    roles, micro = {named.role for named in prepared.validation}, config.train.micro_batch
-    lines = ["nothing is evaluated: data.val is empty"] if kind == "scratch" and not roles else []
-    if kind != "scratch":
-        for role, what in (("upstream", "forgetting"), ("downstream", "adaptation")):
-            if role not in roles:
-                lines.append(f"{what} is not measured: no set of data.val has role: {role} (arXiv 2403.08763)")
-        known, sets = lineage.history_of(prepared.origin)["seen"], prepared.mixture.sets
-        shifts = any(sets[source.name].fingerprint not in known for source in config.data.train)
-        if "upstream" in roles and shifts and not any(source.replay for source in config.data.train):
-            lines.append(_replay(config))
-    lines += guidance.schedule(config, prepared.origin, plan)
-    few, many = "up to about 4 epochs cost little", "beyond 4 epochs it is worth little; take more text or less weight"
-    for low, high, what in ((1, 4, few), (4, math.inf, many)):
-        repeated = ", ".join(f"{use.name} {use.epochs:.2f} times" for use in uses(prepared) if low < use.epochs <= high)
-        if repeated:
-            lines.append(f"repeated text: {repeated}; {what} (Muennighoff et al. 2023, arXiv 2305.16264)")
+    """What deserves a second look: what the papers say, as `train` prints it, and what the formulas do."""
+    config, plan, space = prepared.config, prepared.plan, disk(prepared)
+    lines = guidance.advice(prepared, prepared.asked)
+    micro = config.train.micro_batch
     if (whole := plan.steps * config.train.batch_tokens) != config.train.tokens:
         lines.append(f"train.tokens is not a whole number of steps: rounded up to {whole:,}")
     if micro < prepared.share and 0 < (rest := prepared.share % micro) < micro / 2:
@@ -219,18 +215,6 @@ def advice(prepared: Prepared) -> list[str]:
     if space.needed > space.free:
         lines.append(f"checkpoints take {size(space.needed)} more, {size(space.free)} are free; lower run.keep or move")
     return lines
-
-
-def _replay(config: Config) -> str:
-    """Advice to replay, with the entry of data.train that does it. Weights are relative to the sum of those there are."""
-    total = sum(source.weight or 0 for source in config.data.train) or 1.0
-    name, path = next((entry.name, entry.path) for entry in config.data.val if entry.role == "upstream")
-    weak, strong = (f"{total * part / (1 - part):.3g}" for part in (0.05, 0.25))
-    return (
-        "no source replays upstream text: 5% of it is enough against a weak shift, 25% against a strong one "
-        f"(arXiv 2403.08763), a weight of {weak} or {strong}; in data.train:\n"
-        f"- {{name: {name}, path: {path.removesuffix('-val')}, weight: {weak}, replay: true}}"
-    )
 
 
 def size(count: float) -> str:
@@ -249,12 +233,12 @@ def _work(prepared: Prepared) -> list[str]:
     config, origin, arch, tokens = prepared.config, prepared.origin, prepared.origin.arch, prepared.tokens
     parameters, seq_len, micro = metrics.parameter_count(arch), config.data.seq_len, config.train.micro_batch
     full, causal = (metrics.flops_per_token(arch, seq_len, halved) for halved in (False, True))
-    moments = "Adam starts afresh" if prepared.fresh_moments else "Adam's moments are kept"
+    moments = pretraining.describe(config, origin, prepared.plan)
     at = f"step {origin.state['step']:,}" if origin.state else ""
     start = {
         "scratch": "scratch: new weights",
-        "pretrained": f"pretrained: {config.init.from_}, {moments}",
-        "continue": f"continue: weights of {origin.path} at {at}, {moments}; data and schedule from their start",
+        "pretrained": f"pretrained: {config.init.from_}; {moments}",
+        "continue": f"continue: weights of {origin.path} at {at}; data and schedule from their start; {moments}",
         "branch": f"branch: {origin.path} goes on from {at} with its moments, data position and rate",
         "resume": f"resume: {config.run.output} goes on from {at} of {prepared.last_step:,}",
     }[origin.kind]
@@ -345,6 +329,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--memory")
     parser.add_argument("--gpu")
     parser.add_argument("--price")
+    parser.add_argument("--priority", choices=guidance.PARTS)
+    parser.add_argument("--budget", type=Count.parse)
+    parser.add_argument("--shift", action="store_true")
     parser.add_argument("--table", action="store_true")
     try:
         known, rest = parser.parse_known_args(arguments)
@@ -374,5 +361,7 @@ def main(arguments: list[str]) -> int:
         parse(rest), int(known.gpus), machine=int(known.per_machine), gpu=known.gpu, price=price,
         device_bytes=int(known.memory) << 30 if known.memory else room,
     )  # fmt: skip
-    print(render(prepared, BLOCKS if (sys.stdout.encoding or "").lower().startswith("utf") else ASCII))
+    measured = shift.measured(prepared.config, prepared.origin) if known.shift else None
+    prepared = replace(prepared, asked=guidance.Asked(known.priority, known.budget, measured))
+    print(render(prepared, guidance.glyphs()))
     return 0

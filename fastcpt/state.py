@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastcpt import checkpoint, lineage, metrics
+from fastcpt import checkpoint, guidance, lineage, metrics, pretraining
 from fastcpt.config import Config, to_dict, to_yaml
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -177,12 +177,13 @@ def describe(state: State) -> str:
     precision = str(state.model.execution.dtype).removeprefix("torch.")
     note = " (no bf16 instructions here)" if (train.precision, precision) == ("bf16", "float32") else ""
     where = {"scratch": "new weights", "resume": f"step {state.step}"}.get(state.origin.kind, config.init.from_)
-    how, following = "compiled" if train.compile else "eager", min(state.step + 1, state.last_step)
+    how = "compiled" if train.compile else "eager"
+    rates = "\n".join(guidance.preview(state.origin, plan, state.step))
     return (
         f"{state.origin.kind}: {where}; {metrics.parameter_count(arch):,} parameters, {flops / 1e9:.3g} GFLOP a token\n"
         f"{plan.steps:,} steps of {train.batch_tokens:,} tokens: {world.size} x {micro_batches} micro-batches of up to "
         f"{train.micro_batch} x {seq_len}\n"
-        f"learning rate, {plan.kind}: {plan.describe()}; {plan.rate(following):.3g} at step {following:,}\n"
+        f"{rates}\n{pretraining.describe(config, state.origin, plan)}\n"
         f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
         f"{state.layout.kind}: {state.layout.why}\n"
         f"writes to {config.run.output}"

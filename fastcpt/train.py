@@ -29,7 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcpt import UserError, checkpoint, evaluation, guidance, hf, lineage, metrics, parallel, profiling, replicas
+from fastcpt import (
+    UserError,
+    checkpoint,
+    evaluation,
+    guidance,
+    hf,
+    lineage,
+    metrics,
+    parallel,
+    pretraining,
+    profiling,
+    replicas,
+)
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
@@ -89,11 +101,9 @@ def setup(config: Config) -> State:
         NamedSet.open(entry.name, entry.role, inputs.val_sets[entry.name], config.data.seq_len, config.run.eval_tokens)
         for entry in config.data.val
     ]
-    known = lineage.history_of(origin)
-    seen = sorted({*known["seen"], *inputs.content["train"].values()})
     state = State(
         config, world, origin, inputs.plan, inputs.mixture, validation, model, spread, parts, model, optimizer,
-        {"complete": known["complete"], "seen": seen},
+        pretraining.history(origin, inputs.plan, inputs.content),
         interval=torch.zeros(len(inputs.mixture.sets), 2, dtype=torch.float64, device=world.device),
         skipped=torch.zeros(2, dtype=torch.int64, device=world.device),
         guard=Guard(world, Spikes(train.skip_spikes, world.device) if train.skip_spikes else None),
@@ -223,8 +233,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
     loggers = metrics.open_loggers(run, to_dict(config), resumed_at, not state.unevaluated) if first else []
     if first:
         (folder / "config.yaml").write_text(to_yaml(config))
-        advice = guidance.schedule(config, state.origin, state.plan) if resumed_at is None else []
-        print(describe(state), *(f"advice: {text}" for text in advice), sep="\n", flush=True)
+        print(describe(state), *(f"advice: {text}" for text in guidance.advice(state)), sep="\n", flush=True)
 
     console = metrics.Console(state.last_step, config.train.batch_tokens, shown=first)
 

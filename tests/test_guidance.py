@@ -1,4 +1,4 @@
-"""Advice on schedules: when it is given, that it names its source, and that it is silent once it is followed."""
+"""Advice: when it is given, that it names its source, and that it is silent once it is followed."""
 
 import re
 from collections.abc import Callable
@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 from fastcpt import checkpoint, guidance, plan, train
-from fastcpt.config import Config, Count, Source, to_dict, to_yaml
+from fastcpt.config import Config, Count, Source, ValidationSet, to_dict, to_yaml
 from fastcpt.lineage import Origin, make_plan
-from fastcpt.model import Architecture
+from fastcpt.model import PRESETS, Architecture
 from fastcpt.schedules import Plan
+from fastcpt.shards import ShardSet
+from fastcpt.shift import Shift
 
 ARCH = Architecture(2, 24, 3, vocab_size=64)
 SCRATCH = Origin("scratch", ARCH)
@@ -149,6 +151,213 @@ def test_a_third_cosine_in_a_row_could_be_one_schedule(run: Callable) -> None:
     assert advice(run(), continued(run())) == [], "a second one"
     assert advice(run(optim={"lr": 1e-4}), continued(second)) == [], "it does not re-warm"
     assert len(advice(run(schedule={"kind": "constant"}), continued(second))) == 1, "only that it does not decay"
+
+
+NOTHING = guidance.Asked()
+
+
+# Rules about more than the schedule, on starts that `plan` prepares. SEQ: tokens a sequence, as in tiny_config.
+
+SEQ = 16
+
+
+@pytest.fixture
+def prepare(
+    tmp_path: Path, tiny_config: Callable, write_shards: Callable, random_documents: Callable
+) -> Callable[..., plan.Prepared]:
+    """prepare(kind, weights={name: (weight, replay)}, roles=..., **sections): a start with sets old and new."""
+    for seed, name in enumerate(("old", "new", "old-val", "new-val")):
+        write_shards(tmp_path / name, random_documents(seed, 60))
+
+    def make(
+        kind: Any = "continue", weights: Any = None, roles: tuple[str, ...] = ("upstream", "downstream"), history: Any = None,
+        **sections: Any,
+    ) -> plan.Prepared:  # fmt: skip
+        sources = [
+            Source(name=name, path=str(tmp_path / name), weight=weight, replay=replay)
+            for name, (weight, replay) in (weights or {"new": (2.0, False)}).items()
+        ]
+        val = [
+            ValidationSet(name=name, path=str(tmp_path / f"{name}-val"), role=role)
+            for name, role in (("old", "upstream"), ("new", "downstream")) if role in roles
+        ]  # fmt: skip
+        train_ = {"tokens": Count(1600), "batch_tokens": Count(32)}
+        start = plan.prepare(
+            tiny_config(tmp_path / "runs" / "run", data={"train": sources, "val": val}, train=train_, **sections), 1
+        )
+        state = {
+            "history": {"complete": True, "seen": [ShardSet(tmp_path / "old").fingerprint], **(history or {})},
+            "step": 100, "lr": 1e-4, "plan": make_plan(start.config, SCRATCH).to_dict(), "config": to_dict(start.config),
+            "data": {"samples": 0, "fingerprints": {"val": {}}},
+        }  # fmt: skip
+        origin = replace(
+            start.origin, kind=kind, path=tmp_path / "x", state=state if kind in ("continue", "branch") else None
+        )
+        return replace(start, origin=origin)
+
+    return make
+
+
+def piece(start: plan.Prepared, beginning: str, asked: guidance.Asked = NOTHING) -> tuple[str, Any] | None:
+    """(the sentence, the YAML as read) of the piece of advice that has these words, or None."""
+    found = [text for text in guidance.advice(start, asked) if beginning in text]
+    if not found:
+        return None
+    (text,) = found
+    sentence, *entry = text.split("\n")
+    return sentence, yaml.safe_load("\n".join(entry))
+
+
+def test_losses_of_both_texts_are_wanted(prepare: Callable) -> None:
+    assert piece(prepare(), "not measured") is None
+    sentence, entry = piece(
+        prepare(roles=("downstream",), weights={"new": (1, False), "old": (1, True)}), "forgetting is not measured"
+    )  # type: ignore[misc]
+    assert "arXiv 2403.08763" in sentence and entry[0]["role"] == "upstream" and entry[0]["path"].endswith("/old-val")
+    sentence, entry = piece(prepare(roles=("upstream",)), "adaptation is not measured")  # type: ignore[misc]
+    assert entry[0]["role"] == "downstream" and entry[0]["path"].endswith("/new-val")
+    assert piece(prepare("scratch", roles=()), "nothing is evaluated") and not piece(prepare("scratch"), "not measured")
+
+
+WEAK, STRONG = Shift(0.5, "measured"), Shift(1.5, "measured")
+
+
+@pytest.mark.parametrize(
+    ("told", "weights", "part"),
+    [
+        (None, {"new": (2.0, False)}, 0.05), (WEAK, {"new": (2.0, False)}, 0.05), (STRONG, {"new": (2.0, False)}, 0.25),
+        (STRONG, {"new": (0.95, False), "old": (0.05, True)}, 0.25), (WEAK, {"new": (0.99, False), "old": (0.01, True)}, None),
+        (None, {"new": (0.95, False), "old": (0.05, True)}, None), (STRONG, {"new": (0.75, False), "old": (0.25, True)}, None),
+        (STRONG, {"old": (1.0, True)}, None), (STRONG, {"old": (1.0, False)}, None),
+    ],
+)  # fmt: skip
+def test_replay_as_the_shift_asks_for_it(prepare: Callable, told: Any, weights: Any, part: float | None) -> None:
+    """The advised entry makes replay just that part of the samples, and of the tokens that there are anyway."""
+    start = prepare(weights=weights)
+    found = piece(start, "in data.train:", guidance.Asked(measured=told))
+    if part is None:
+        assert found is None
+        return
+    sentence, (entry,) = found  # type: ignore[misc]
+    assert (
+        "arXiv 2403.08763" in sentence
+        and f"of 1.6K tokens {round(1600 * part)} are then old text, in the same compute" in sentence
+    )
+    assert entry["path"].endswith("/old") and entry["replay"] is True
+    fresh = sum(weight for weight, replay in weights.values() if not replay)
+    assert entry["weight"] / (fresh + entry["weight"]) == pytest.approx(part, rel=5e-3)
+    assert (told is None) == ("fastcpt plan --shift" in sentence) and (told is None or told.text in sentence)
+    followed = prepare(weights=weights | {"old": (entry["weight"], True)})
+    if part == 0.25 or told is None:
+        assert piece(followed, "in data.train:", guidance.Asked(measured=told)) is None
+
+
+def test_the_first_evaluation_tells_the_shift(prepare: Callable) -> None:
+    results = {
+        "old": {"role": "upstream", "loss": 2.0, "bits_per_byte": 1.0}, "new": {"role": "downstream", "loss": 3.0, "bits_per_byte": 1.75}
+    }  # fmt: skip
+    (text,) = guidance.after_start(prepare(), results)
+    assert "shift is strong by a proxy, +1.50 nats a token before the first step (the first evaluation;" in text
+    assert guidance.after_start(prepare("scratch"), results) == []
+    assert guidance.after_start(prepare(), {"old": results["old"]}) == []
+
+
+def test_a_random_start_where_there_is_a_model(prepare: Callable, tmp_path: Path, tiny_config: Callable) -> None:
+    assert piece(prepare("scratch"), "weights are random") is None
+    data = {"train": [Source(name="old", path=str(tmp_path / "old"), weight=1)]}
+    for name, tokens in (("short", 96), ("long", 192)):
+        train.train(tiny_config(tmp_path / "runs" / name, data=data, train={"tokens": Count(tokens)}))
+    (tmp_path / "runs" / "odd" / "checkpoints" / "step-3").mkdir(parents=True)
+    sentence, entry = piece(prepare("scratch"), "weights are random")  # type: ignore[misc]
+    assert "arXiv 2308.04014" in sentence and "as far as they were alike" in sentence
+    assert entry == {"init": {"from": str(tmp_path / "runs" / "long")}}
+    assert piece(prepare("scratch", weights={"old": (1, False)}), "weights are random") is None, "it has seen all of it"
+    assert piece(prepare("continue"), "weights are random") is None
+    wider = prepare("scratch")
+    wider = replace(wider, origin=replace(wider.origin, arch=Architecture(2, 48, 3, vocab_size=64)))
+    assert piece(wider, "weights are random") is None
+
+
+def test_a_random_start_of_a_pythia(prepare: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = prepare("scratch")
+    start = replace(start, origin=replace(start.origin, arch=PRESETS["pythia-70m"]))
+    assert piece(start, "weights are random") is None, "other ids"
+    for shards in start.mixture.sets.values():
+        monkeypatch.setattr(shards, "vocab_size", 50277)
+    sentence, entry = piece(start, "weights are random")  # type: ignore[misc]
+    assert (
+        entry == {"init": {"from": "EleutherAI/pythia-70m"}}
+        and "if the text was prepared with its tokenizer" in sentence
+    )
+
+
+def test_a_large_model_wants_a_smaller_rate(prepare: Callable) -> None:
+    for name, peak, told in (
+        ("pythia-2.8b", 3e-4, True),
+        ("pythia-12b", 1e-3, True),
+        ("pythia-2.8b", 1e-4, False),
+        ("pythia-1b", 1e-3, False),
+    ):
+        start = prepare(optim={"lr": peak})
+        found = piece(replace(start, origin=replace(start.origin, arch=PRESETS[name])), "3B was harmed")
+        assert (found is not None) == told
+        assert found is None or ("arXiv 2406.14833" in found[0] and found[1] == {"optim": {"lr": 3e-5}})
+
+
+@pytest.mark.parametrize(("priority", "rates", "lr"), [("new", "0.0003", 3e-4), ("balanced", "0.00015", 1.5e-4), ("old", "7.5e-05 to 3e-05", 7.5e-5)])  # fmt: skip
+def test_a_priority_is_a_part_of_the_peak_of_pretraining(
+    prepare: Callable, priority: Any, rates: str, lr: float
+) -> None:
+    asked = guidance.Asked(priority=priority)
+    pretrained = prepare("pretrained")
+    pythia = replace(pretrained, origin=replace(pretrained.origin, arch=PRESETS["pythia-410m"]))
+    kept = {"pretraining": {"peak": 3e-4, "optimizer": "AdamW", "told_by": "from scratch by fastcpt"}}
+    for start in (pythia, prepare(history=kept)):
+        sentence, entry = piece(start, "--priority", asked)  # type: ignore[misc]
+        assert (
+            f"the peak of pre-training: {rates}, as it was pre-trained by" in sentence
+            and "arXiv 2308.04014" in sentence
+        )
+        assert entry["optim"]["lr"] == pytest.approx(lr)
+    sentence, entry = piece(pretrained, "--priority", asked)  # type: ignore[misc]
+    assert "which is not known of scratch: look it up" in sentence and entry is None
+    assert "does not" in piece(prepare("branch"), "--priority", asked)[0]  # type: ignore[index]
+    assert piece(pythia, "--priority") is None
+
+
+def test_a_small_budget_is_a_shorter_schedule(prepare: Callable) -> None:
+    start = prepare()
+    for budget, part, early in ((160, "10%", True), (800, "50%", False)):
+        sentence, entry = piece(start, "--budget", guidance.Asked(budget=budget))  # type: ignore[misc]
+        assert f"ends at {part} of the schedule, at a rate of {start.plan.rate(budget // 32):.2e}" in sentence
+        assert "do not rank rates before the end" in sentence and "arXiv 2308.04014, figure 2" in sentence
+        assert ("a smaller rate and a longer warm-up" in sentence) == early and entry == {"train": {"tokens": budget}}
+    assert "is enough" in piece(start, "--budget", guidance.Asked(budget=1600))[0]  # type: ignore[index]
+
+
+def test_a_run_that_goes_on_has_been_told(prepare: Callable) -> None:
+    assert guidance.advice(prepare(roles=())) and guidance.advice(prepare("resume", roles=())) == []
+
+
+def test_the_rate_is_shown_before_the_start_and_beside_that_of_the_save(run: Callable) -> None:
+    config = run()
+    plan_ = make_plan(config, SCRATCH)
+    words, bar = guidance.preview(SCRATCH, plan_, 0)
+    assert words == f"learning rate, cosine: {plan_.describe()}; 0.001 at step 1" and bar.startswith(
+        "learning rate of steps 1 to 100: |█"
+    )
+    saved = {"step": 40, "lr": plan_.rate(40), "plan": plan_.to_dict()}
+    (words, _) = guidance.preview(Origin("resume", ARCH, Path("x"), saved), plan_, 40)
+    assert words.endswith(f"; {plan_.rate(41):.3g} at step 41 (at the save of step 40 it was {plan_.rate(40):.3g})")
+    (words, _) = guidance.preview(Origin("resume", ARCH, Path("x"), saved | {"lr": 2e-4}), plan_, 40)
+    assert "it was 0.0002): ANOTHER RATE" in words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3e-5, "3.0e-05"), (7.5e-5, "7.5e-05"), (3e-4, "0.0003"), (1.25e-4, "0.000125"), (2.0, "2")]
+)
+def test_numbers_are_numbers_in_yaml(value: float, text: str) -> None:
+    assert guidance.number(value) == text and yaml.safe_load(f"lr: {text}") == {"lr": value}
 
 
 def test_plan_and_train_print_it_and_change_nothing(

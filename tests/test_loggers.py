@@ -253,7 +253,7 @@ def train_on(monkeypatch: pytest.MonkeyPatch, config: Config, stdout: TextIO, st
         assert (sys.stdout, sys.stderr) == (stdout, stderr), "given back"
     state.step = 0  # what was printed is of the start
     shown = [train.describe(state).replace("resume: step 0", "scratch: new weights")]
-    shown += [f"advice: {text}" for text in guidance.schedule(config, state.origin, state.plan)]
+    shown += [f"advice: {text}" for text in guidance.advice(state)]
     return "\n".join(shown + [console_line(line, state.last_step) for line in lines(config)]) + "\n"
 
 
