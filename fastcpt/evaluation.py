@@ -143,6 +143,6 @@ def changes(results: dict[str, dict[str, Any]], start: dict[str, float]) -> dict
 
 
 def is_due(step: int, last: int, every: int, warmup_end: int) -> bool:
-    """At the start, at the end, every `every` steps, and four times as often until the warm-up's end."""
+    """At the start, at the peak of the rate, at the end, every `every` steps, and until the peak four times as often."""
     often = max(1, every // 4) if step <= warmup_end else every
-    return step in (0, last) or step % often == 0
+    return step in (0, warmup_end, last) or step % often == 0

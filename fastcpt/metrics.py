@@ -110,7 +110,8 @@ def _is_kept(line: bytes, step: int | None, evaluated: bool) -> bool:
     """A whole line of a step up to `step`; a line that a kill cut short is not JSON."""
     try:
         value = json.loads(line)
-        return step is not None and value["step"] <= step and (evaluated or value["step"] < step or "eval" not in value)
+        evaluation = "eval" in value or value.get("event", {}).get("of") == "evaluation"  # the line, or its alarms
+        return step is not None and value["step"] <= step and (evaluated or value["step"] < step or not evaluation)
     except ValueError:
         return False
 
@@ -218,6 +219,8 @@ def console_line(line: dict[str, Any], total_steps: int) -> str:
         return f"{head}  eval  {sets}{changes}"
     if "event" in line:
         event = line["event"]
+        if event["kind"] == "alarm":
+            return f"{head}  alarm: {event['text']}"
         first, end = event["samples"]
         who = "".join(f", rank {rank}" for rank in event["ranks"])
         bad = f"; the loss of {event['not_finite']} is not finite{who}" if event["not_finite"] else ""
@@ -248,6 +251,10 @@ class Console:
         if "loss" in line:
             self._line = line
         self._bar.print(console_line(line, self._last_step))
+
+    def print(self, *texts: str) -> None:
+        for text in texts if self._shown else ():
+            self._bar.print(text)
 
     def follow(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
         """Hands the batches on, the first being that of the step after `step`, and moves the bar with each.

@@ -159,8 +159,9 @@ def evaluations(prepared: Prepared) -> tuple[int, int, float]:
         times += 1
         for part in prepared.plan.parts:
             begin, end = max(step, part.first), min(part.first + part.length, last - 1)
-            warm = min(part.warmup_end, end)
-            times += multiples(begin, warm, max(1, every // 4)) + multiples(max(begin, warm), end, every)
+            warm, often = min(part.warmup_end, end), max(1, every // 4)
+            times += multiples(begin, warm, often) + multiples(max(begin, warm), end, every)
+            times += begin < part.warmup_end <= end and part.warmup_end % often > 0  # the peak is evaluated, too
     windows = [len(named.windows) for named in prepared.validation]
     padded = sum(-(-count // micro) * micro for count in windows) * config.data.seq_len
     share = times * padded / 3 / prepared.tokens if prepared.tokens else 0.0

@@ -42,6 +42,7 @@ from fastcpt import (
     profiling,
     replicas,
 )
+from fastcpt.alarms import Alarms
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
@@ -237,10 +238,15 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
 
     console = metrics.Console(state.last_step, config.train.batch_tokens, shown=first)
 
+    alarms = Alarms(state.plan)
+    if first:
+        alarms.read(folder / "metrics.jsonl")
+
     def report(line: dict[str, Any]) -> None:
-        for logger in loggers:
-            logger.log(line)
-        console.log(line)
+        for each in (line, *alarms.see(line)) if first else ():
+            for logger in loggers:
+                logger.log(each)
+            console.log(each)
 
     def report_events() -> None:
         for line in state.guard.events(config.data.seq_len):
@@ -256,9 +262,12 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
         console.busy(state.step, "evaluating")
         report_events()
         try:
-            report(evaluate(state, passing))
+            line = evaluate(state, passing)
         except Preempted:
             return False
+        report(line)
+        if first and state.step == state.plan.first:
+            console.print(*(f"advice: {text}" for text in guidance.after_start(state, line["eval"])))
         state.unevaluated = False
         return True
 

@@ -158,9 +158,9 @@ def due(steps: range, **arguments: int) -> list[int]:
     return [step for step in steps if is_due(step, **arguments)]
 
 
-def test_evaluations_are_due_at_the_ends_and_denser_in_the_warmup() -> None:
+def test_evaluations_are_due_at_the_ends_at_the_peak_and_denser_in_the_warmup() -> None:
     assert due(range(104), last=103, every=20, warmup_end=0) == [0, 20, 40, 60, 80, 100, 103]
-    assert due(range(104), last=103, every=20, warmup_end=23) == [0, 5, 10, 15, 20, 40, 60, 80, 100, 103]
+    assert due(range(104), last=103, every=20, warmup_end=23) == [0, 5, 10, 15, 20, 23, 40, 60, 80, 100, 103]
     assert due(range(8), last=7, every=3, warmup_end=4) == [0, 1, 2, 3, 4, 6, 7], "never more than every step"
     assert due(range(8), last=7, every=1000, warmup_end=0) == [0, 7]
     assert due(range(8), last=7, every=1, warmup_end=3) == list(range(8))

@@ -352,7 +352,8 @@ def test_advice_on_what_is_measured_and_replayed(make_config: Any, finished: Pat
     assert "forgetting is not measured" in nothing and "adaptation is not measured" in nothing
     assert "replay" not in nothing and "nothing is evaluated" not in nothing
     text = advised(make_config("next", data={"train": new, "val": val}, **base))
-    assert "not measured" not in text and "a weight of 0.105 or 0.667" in text  # 0.105 / 2.105 = 5%, .667 / 2.667 = 25%
+    # The start's own run evaluated the same sets, of random text: no shift. 0.105 / 2.105 = 5%.
+    assert "not measured" not in text and "the last evaluation of the start's own run" in text and "replay 5%" in text
     assert f"- {{name: old, path: {shards / 'old'}, weight: 0.105, replay: true}}" in text
     assert "replay" not in advised(make_config("next", data={"train": replayed, "val": val}, **base))
     # Going on with what the model knows shifts nothing; from scratch there is nothing to forget.
@@ -372,6 +373,23 @@ def test_advice_on_the_schedule(make_config: Any, finished: Path, shards: Path) 
     for kind, ratio, high in (("constant", 0.1, True), ("cosine", 0.1, False), ("cosine", 0.5, True)):
         text = advised(make_config(schedule={"kind": kind, "min_lr_ratio": ratio}))
         assert ("above a fifth of its peak" in text) == high
+
+
+def test_what_is_asked_is_answered(make_config: Any, finished: Path, shards: Path, tmp_path: Path, capsys: Any) -> None:
+    """By the options, on a continuation of the run of 1e-3: its peak, its loss on both texts, and half of its tokens."""
+    third = make_config("next", init={"from_": str(finished)}, data={"train": [source(shards, "third", 2.0)]})
+    (tmp_path / "run.yaml").write_text(config.to_yaml(third))
+    asked = ["--priority", "balanced", "--budget", "240", "--shift"]
+    assert plan.main(["--config", str(tmp_path / "run.yaml"), *asked]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "pre-trained by AdamW at a peak rate of 0.001" in text and "optim: {lr: 0.0005}" in text
+    assert "--budget 240 ends at 50% of the schedule" in text and "train: {tokens: 240}" in text
+    assert "measured on 100 tokens of each set" in text and "weight: 0.105, replay: true" in text
+    assert plan.main(["--config", str(tmp_path / "run.yaml")]) == 0
+    text = capsys.readouterr().out
+    assert "--priority" not in text and "--budget" not in text and "measured on" not in text
+    for bad in (["--priority", "mine"], ["--budget", "much"], ["--budget"]):
+        assert "fastcpt plan --help" in refusal(plan.main, ["--config", str(tmp_path / "run.yaml"), *bad])
 
 
 def test_advice_on_repeated_text(make_config: Any, shards: Path) -> None:
