@@ -56,6 +56,8 @@ CASES = (
          "argument --source: invalid choice: 'gguf' (choose from …); `fastcpt convert --help` says what there is"),
     Case("options-wrong", "left out an option's value", "plan --config run.yaml --gpus",
          "argument --gpus: expected one argument; `fastcpt plan --help` says what there is"),
+    Case("shift-unmeasurable", "asked for the shift of a run from scratch", "plan --config run.yaml --run.output new --shift",
+         "--shift compares the start's losses on upstream and downstream sets, and a run from scratch has no old text; leave it out"),
     Case("option-out-of-range", "no processes", "plan --config run.yaml --gpus 0",
          "--gpus '0': write a whole number, from 1 on"),
     Case("option-out-of-range", "no workers", f"{PREP} --workers 0",
