@@ -88,6 +88,7 @@ def forgetting(arm: Arm, control: Arm) -> Curve:
 
 
 def unlike(arm: Arm, control: Arm) -> list[str]:
-    """Settings that a control should share with the arm and does not: all but what text it reads, and what only reports."""
-    apart = ("data.train", "data.val", "run.")
+    """Settings that a control should share with the arm and does not: all but what text it reads, that the model knows it
+    (init.force), and what only reports."""
+    apart = ("data.train", "data.val", "init.force", "run.")
     return [key for key in differences([arm, control]) if not key.startswith(apart)]

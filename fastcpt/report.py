@@ -173,8 +173,8 @@ def _footnotes(arms: Sequence[Arm], control: Arm | None) -> list[str]:
     notes = ["* against its own random start."] if any(arm.scratch and arm.evaluations for arm in arms) else []
     if control:
         notes.append(
-            f"The control is {control.name}, which went on with upstream text: positive is what more of that text would have "
-            "spared, at equal tokens, interpolated between evaluations, as far as both runs go."
+            f"Control: {control.name}, which went on with upstream text. Against it, positive is what more of that text would "
+            "have spared; at equal tokens, interpolated between evaluations, as far as both runs go."
         )
         for arm in arms:
             if arm is not control and not arm.scratch and (apart := reading.unlike(arm, control)):

@@ -380,6 +380,9 @@ CASES = (
          "…/hf: no run, it has no metrics.jsonl; name a folder that was a run's run.output"),
     Case("run-twice", "reported on one run twice", "report run run --output page.html",
          "run: this run is given twice; name each once"),
+    Case("control-incomparable", "held a run against itself", "report run --control run --output page.html",
+         "run: no run has an upstream set in common with this control, at tokens that it reached; name the run that went on with "
+         "upstream text, with the same data.val"),
     Case("metrics-empty", "reported on a run that has logged nothing", "report run --output page.html",
          "…/run/metrics.jsonl: no whole line in it; let the run reach its first evaluation or log line",
          put("run/metrics.jsonl", "")),

@@ -390,7 +390,7 @@ def test_forgetting_is_held_against_a_control(write_run: Callable[..., str], tmp
             f"+{(0.4333333 / 2 + (0.4333333 + 0.5166667) / 2 + (0.5166667 + 0.6) / 2) / 3:.4f}",
         ]
         assert rows["control"] == ["–", "–"] and len(page.tables[0]) == 3
-        assert "The control is control, which went on with upstream text" in page.text
+        assert "Control: control, which went on with upstream text." in page.text
         assert "a differs from the control in more than its text: optim.lr." in page.text
         assert (tmp_path / "r-figures" / "control.png") in files
     both = arms.read_arms([run, control])
