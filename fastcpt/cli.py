@@ -173,7 +173,9 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, one arm each")
     parser.add_argument("--output", required=True, metavar="FILE.html", help="the page; figures go beside it")
     parser.add_argument(
-        "--control", metavar="RUN", help="the run that went on with upstream text: forgetting against it, at equal tokens"
+        "--control",
+        metavar="RUN",
+        help="the run that went on with upstream text: forgetting against it, at equal tokens",
     )
 
 

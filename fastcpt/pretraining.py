@@ -47,7 +47,7 @@ def same_sizes(origin: "Origin") -> str | None:
 def of(origin: "Origin", plan: "Plan") -> Pretraining:
     """plan: the run's own, which is the pre-training where it starts from scratch."""
     if origin.kind == "scratch":
-        return Pretraining(plan.peak, "AdamW", "from scratch by fastcpt")
+        return Pretraining(plan.highest, "AdamW", "from scratch by fastcpt")
     if origin.state is not None:
         if kept := origin.state["history"].get("pretraining"):
             return Pretraining(**kept)
