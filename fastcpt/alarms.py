@@ -25,11 +25,12 @@ SMOOTH = 5  # training lines whose mean is looked at: a line's own loss is that 
 
 @dataclass
 class _Series:
-    """One loss over the run. start: its first value; low: the lowest that later ones are held against."""
+    """One loss over a schedule. start: its value before it; low: the lowest that later ones are held against."""
 
     values: deque[float]
     start: float = math.nan
     low: float = math.inf
+    part: int = -1  # the step that its schedule began after
     far: bool = False
 
 
@@ -40,10 +41,9 @@ class Alarms:
     plan: Plan
     _series: dict[str, _Series] = field(default_factory=dict)
 
-    @property
-    def quiet_until(self) -> int:
-        """The step from which on a rise is one."""
-        return self.plan.first + self.plan.warmup + math.ceil(QUIET * self.plan.steps)
+    def quiet_until(self, step: int) -> int:
+        """The step from which on a rise is one, of the schedule that a step belongs to: a later phase may re-warm, too."""
+        return self.plan.part(step).warmup_end + math.ceil(QUIET * self.plan.steps)
 
     def read(self, log: Path) -> None:
         """Takes in the lines that an earlier start of the run wrote."""
@@ -72,11 +72,13 @@ class Alarms:
         """What is alarming about a value, or nothing."""
         if not math.isfinite(loss):
             return "is not finite"
-        if math.isnan(series.start):
-            series.start = loss
+        if series.part != (begin := self.plan.part(step).first):
+            series.part, series.low, series.far = begin, math.inf, False
+            series.start = series.values[-1] if series.values else loss
         series.values.append(loss)
         mean = sum(series.values) / len(series.values)
-        if step <= self.quiet_until:
+        quiet = self.quiet_until(step)
+        if step <= quiet:
             far, series.far = mean > series.start + FAR and not series.far, mean > series.start + FAR
             return f"is {loss:.4f}, more than {FAR:g} nat above its {series.start:.4f} at the start" if far else ""
         if len(series.values) < series.values.maxlen:  # type: ignore[operator]
@@ -84,7 +86,7 @@ class Alarms:
         if mean > series.low + RISE:
             low, series.low = series.low, mean
             return (
-                f"rose to {mean:.4f}, {mean - low:.2f} above its lowest since step {self.quiet_until:,}, when what re-warming "
+                f"rose to {mean:.4f}, {mean - low:.2f} above its lowest since step {quiet:,}, when what re-warming "
                 "costs was over"
             )
         series.low = min(series.low, mean)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcpt import UserError
+from fastcpt.pretraining import Pretraining
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Arm:
     @property
     def last(self) -> dict[str, Any]:
         return max((*self.training[-1:], *self.evaluations[-1:]), key=lambda line: line["step"])
+
+    @property
+    def first(self) -> int:
+        """The step it started after."""
+        return self.state["plan"]["first"] if self.state else self.evaluations[0]["step"] if self.evaluations else 0
 
     @property
     def starts(self) -> list[int]:
@@ -129,6 +135,10 @@ def _read_arm(name: str, folder: Path) -> Arm:
     training = [line for line in lines if "loss" in line]
     arm = Arm(name, folder, config, state, training, evaluations, planned, notes)
     notes += _remarks(arm)
+    alarms = [line for line in lines if line.get("event", {}).get("kind") == "alarm"]
+    if alarms:
+        first = f"at step {alarms[0]['step']:,}: {alarms[0]['event']['text']}"
+        notes.append(f"{len(alarms):,} alarms, the first {first}" if len(alarms) > 1 else f"an alarm {first}")
     return arm
 
 
@@ -251,4 +261,7 @@ def origin(arm: Arm) -> str:
         said = f"Continues {init['from']}; Adam's moments {moments}, data from its start."
     if {"kind", "warmup", "peak"} <= plan.keys():
         said += f" Schedule: {plan['kind']}, {plan['steps']:,} steps, {plan['warmup']:,} of warm-up, peak {plan['peak']:.3g}."
+    if not arm.scratch and (known := (arm.state or {}).get("history", {}).get("pretraining")):
+        text = Pretraining(**known).text
+        said += f" {text[0].upper()}{text[1:]}."
     return printable(said)

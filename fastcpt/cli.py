@@ -180,7 +180,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from fastcpt.report import report
 
-    for path in report(arguments.runs, arguments.output):
+    for path in report(arguments.runs, arguments.output, arguments.control):
         print(path)
     return 0
 
@@ -188,6 +188,11 @@ def _report(arguments: argparse.Namespace) -> int:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, one arm each")
     parser.add_argument("--output", required=True, metavar="FILE.html", help="the page; figures go beside it")
+    parser.add_argument(
+        "--control",
+        metavar="RUN",
+        help="the run that went on with upstream text: forgetting against it, at equal tokens",
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -312,10 +317,12 @@ def configured_help(command: str) -> str:
         ),
         "plan": (
             "usage: fastcpt plan --config FILE [--gpus N] [--per-machine M] [--memory GIB] [--gpu NAME [--price P]]",
-            "                    [--section.field VALUE ...]",
+            "                    [--priority new|balanced|old] [--budget TOKENS] [--shift] [--section.field VALUE ...]",
             "       fastcpt plan --table", "",
             "Tokens, steps, epochs, memory, checkpoints, the learning-rate curve, warnings. Nothing is written.",
             "With --gpu a100-40, a100, h100, h200 or b200 also tokens/s, hours and GPU-hours; --price is of a GPU-hour.",
+            "--priority: the peak rate that suits it; --budget: if compute ends before the run; --shift: the start is evaluated",
+            "on the validation sets to tell a weak shift from a strong one, and the replay that it asks for.",
             "--table: tokens/s of every Pythia on 1, 8, 64 and 512 of each.",
         ),
     }[command]  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastcpt import reading
 from fastcpt.arms import Arm, column, comparable, finite, number, set_names
 from fastcpt.progress import short_count
 
@@ -233,14 +234,33 @@ def _plane(arms: Sequence[Arm]) -> Drawing | None:
     return Drawing("plane", "Forgetting and adaptation", caption, f"Up and left is better. {ends}.", figure)
 
 
-def draw(arms: Sequence[Arm]) -> list[Drawing]:
-    """Every figure that the arms have numbers for."""
+def _control(arms: Sequence[Arm], control: Arm) -> Drawing | None:
+    """Forgetting against the run that went on with upstream text."""
+    apart = [[] if arm is control or arm.scratch else reading.forgetting(arm, control) for arm in arms]
+
+    def of(arm: Arm) -> tuple[list[float], list[float]]:
+        points = next(points for each, points in zip(arms, apart) if each is arm)
+        return [tokens for tokens, _ in points], [value for _, value in points]
+
+    drawing = _curves(
+        "control", "Forgetting against the control",
+        f"Upstream loss minus that of {control.name} at equal tokens, as far as both go.", arms, of,
+        ("tokens", "forgetting (nats a token)"), loss=True,
+    )  # fmt: skip
+    if drawing:
+        drawing.figure.axes[0].axhline(0, color=INK, linewidth=1, zorder=2)
+    return drawing
+
+
+def draw(arms: Sequence[Arm], control: Arm | None = None) -> list[Drawing]:
+    """Every figure that the arms have numbers for. control: one of them, see `reading.forgetting`."""
 
     def of(x: str, y: str) -> Callable[[Arm], tuple[list[float], list[float]]]:
         return lambda arm: (column(arm.training, x), column(arm.training, y))
 
     drawings = [
         _plane(arms),
+        _control(arms, control) if control else None,
         *(_validation(arms, name, role, n) for n, (name, role) in enumerate(set_names(arms).items(), 1)),
         _curves(
             "training-loss", "Training loss", "Mean of each logging interval, with the last one's value above.", arms,

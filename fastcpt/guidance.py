@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fastcpt import checkpoint, lineage, metrics, pretraining, shift
+from fastcpt import checkpoint, lineage, metrics, pretraining, shift, spending
 from fastcpt.config import Config
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -112,13 +112,13 @@ def _replay(start: Start, told: Shift | None) -> str:
     data, train = start.config.data, start.config.train
     if start.origin.kind == "scratch" or _seen(start) or all(source.replay for source in data.train):
         return ""
+    weights = {source.name: source.weight or 0.0 for source in data.train}
+    if data.phases:  # which may have their own: shares of all that the run reads
+        weights = {use.name: use.share for use in _uses(start)}
     old, new = (
-        sum(source.weight or 0 for source in data.train if bool(source.replay) is each) for each in (True, False)
+        sum(weights.get(each.name, 0) for each in data.train if bool(each.replay) is replay) for replay in (True, False)
     )
-    new = new or 1.0  # phases may say the weights
     share = old / (old + new)
-    if data.phases and any(source.replay for source in data.train):
-        return ""
     if share > 0 and (told is None or told.kind == "weak" or share >= REPLAY["strong"] - 1e-9):
         return ""
     source = next((source for source in data.train if source.replay), None)
@@ -127,7 +127,8 @@ def _replay(start: Start, told: Shift | None) -> str:
         return ""
     name, path = (source.name, source.path) if source else upstream[0]
     part = REPLAY[told.kind if told else "weak"]
-    weak, strong = (new * each / (1 - each) - old + ((source.weight or 0) if source else 0) for each in REPLAY.values())
+    own = weights.get(source.name, 0) if source else 0
+    weak, strong = (new * each / (1 - each) - old + own for each in REPLAY.values())
     what = f"{share:.1%} of the samples replay upstream text" if source else "no source replays upstream text"
     if told:
         head = f"{what}, and {told.text}: replay {part:.0%} (arXiv 2403.08763)"
@@ -139,8 +140,9 @@ def _replay(start: Start, told: Shift | None) -> str:
         )
         weight = weak
     replayed = short_count(round(part * train.tokens))
+    where = ", the weight beside those of each of data.phases where they sum to 1" if data.phases else ""
     return (
-        f"{head}; of {short_count(train.tokens)} tokens {replayed} are then old text, in the same compute; in data.train:\n"
+        f"{head}; of {short_count(train.tokens)} tokens {replayed} are then old text, in the same compute; in data.train{where}:\n"
         f"- {{name: {name}, path: {path}, weight: {number(weight)}, replay: true}}"
     )
 
@@ -185,26 +187,25 @@ def _beside(start: Start) -> Path | None:
 
 def _large(start: Start) -> str:
     parameters = metrics.parameter_count(start.origin.arch)
-    if start.origin.kind not in ("pretrained", "continue") or parameters < 2.5e9 or start.plan.peak < 3e-4:
+    if start.origin.kind not in ("pretrained", "continue") or parameters < 2.5e9 or start.plan.highest < 3e-4:
         return ""
     return (
-        f"a peak of {start.plan.peak:.2e} for {parameters / 1e9:.1f}B parameters: continued at 3e-4 a model of 3B was harmed, at "
+        f"a peak of {start.plan.highest:.2e} for {parameters / 1e9:.1f}B parameters: continued at 3e-4 a model of 3B was harmed, at "
         "3e-5 it was not; one of 1.1B bore 3e-4 (arXiv 2406.14833)\noptim: {lr: 3.0e-05}"
     )
 
 
+def _uses(start: Start) -> list[spending.Use]:
+    config, state = start.config, start.origin.state
+    before = state["data"]["samples"] if start.origin.keeps_position and state else 0
+    return spending.uses(start.mixture, before, start.plan.steps * config.train.batch_tokens // config.data.seq_len)
+
+
 def _epochs(start: Start) -> list[str]:
-    config, mixture = start.config, start.mixture
-    before = start.origin.state["data"]["samples"] if start.origin.keeps_position and start.origin.state else 0
-    seen = mixture.seen(before + start.plan.steps * config.train.batch_tokens // config.data.seq_len)
-    epochs = {
-        name: seen.get(shards.fingerprint, 0) / shards.num_windows(config.data.seq_len)
-        for name, shards in mixture.sets.items()
-    }
     few, many = "up to about 4 epochs cost little", "beyond 4 epochs it is worth little; take more text or less weight"
     found = []
     for low, high, what in ((1, 4, few), (4, math.inf, many)):
-        repeated = ", ".join(f"{name} {count:.2f} times" for name, count in epochs.items() if low < count <= high)
+        repeated = ", ".join(f"{use.name} {use.epochs:.2f} times" for use in _uses(start) if low < use.epochs <= high)
         if repeated:
             found.append(f"repeated text: {repeated}; {what} (Muennighoff et al. 2023, arXiv 2305.16264)")
     return found
@@ -249,7 +250,7 @@ def _budget(start: Start, budget: int | None) -> str:
 
 def preview(origin: Origin, plan: Plan, step: int) -> list[str]:
     """The learning rate before the start: in words, as a curve, and now; where a run goes on, beside that of the save."""
-    following, last = min(step + 1, plan.first + plan.steps), plan.first + plan.steps
+    following, last = min(step + 1, plan.last), plan.last
     now = f"{plan.rate(following):.3g} at step {following:,}"
     if origin.keeps_position and origin.state is not None:
         saved = origin.state["lr"]
@@ -258,7 +259,7 @@ def preview(origin: Origin, plan: Plan, step: int) -> list[str]:
             now += f": ANOTHER RATE than this version's schedule has there, {plan.rate(origin.state['step']):.6g}"
     (bar,) = curve(plan, 40, 1, glyphs())
     return [
-        f"learning rate, {plan.kind}: {plan.describe()}; {now}",
+        f"learning rate, {', then '.join(part.kind for part in plan.parts)}: {plan.describe()}; {now}",
         f"learning rate of steps {plan.first + 1:,} to {last:,}: |{bar}|",
     ]
 

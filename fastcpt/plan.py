@@ -161,8 +161,7 @@ def evaluations(prepared: Prepared) -> tuple[int, int, float]:
             begin, end = max(step, part.first), min(part.first + part.length, last - 1)
             warm, often = min(part.warmup_end, end), max(1, every // 4)
             times += multiples(begin, warm, often) + multiples(max(begin, warm), end, every)
-            # The peak of the rate is evaluated too, where it is none of those.
-            times += begin < part.warmup_end <= end and part.warmup_end % often > 0
+            times += begin < part.warmup_end <= end and part.warmup_end % often > 0  # the peak is evaluated, too
     windows = [len(named.windows) for named in prepared.validation]
     padded = sum(-(-count // micro) * micro for count in windows) * config.data.seq_len
     share = times * padded / 3 / prepared.tokens if prepared.tokens else 0.0

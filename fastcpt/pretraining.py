@@ -5,12 +5,12 @@ Pythia it is published. Of other models it is not known, and said so.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastcpt.config import Config
-from fastcpt.lineage import Origin, history_of
-from fastcpt.model import PRESETS
-from fastcpt.schedules import Plan
+if TYPE_CHECKING:  # reports read what is known without torch
+    from fastcpt.config import Config
+    from fastcpt.lineage import Origin
+    from fastcpt.schedules import Plan
 
 # models/*/pythia-*.yml of github.com/EleutherAI/pythia at a19eecb: "lr" and "type": "Adam" (GPT-NeoX's decays weights as
 # AdamW does); min_lr is a tenth of each. For 1b the table of its README says 3.0e-4 instead.
@@ -35,17 +35,19 @@ class Pretraining:
         return f"pre-trained by {self.optimizer} at a peak rate of {self.peak:.3g} ({self.told_by})"
 
 
-def same_sizes(origin: Origin) -> str | None:
+def same_sizes(origin: "Origin") -> str | None:
     """The Pythia that has the model's sizes, if any."""
+    from fastcpt.model import PRESETS
+
     sizes = ("layers", "width", "heads", "mlp_width")
     of = {name: [getattr(arch, size) for size in sizes] for name, arch in PRESETS.items()}
     return next((name for name in of if of[name] == [getattr(origin.arch, size) for size in sizes]), None)
 
 
-def of(origin: Origin, plan: Plan) -> Pretraining:
+def of(origin: "Origin", plan: "Plan") -> Pretraining:
     """plan: the run's own, which is the pre-training where it starts from scratch."""
     if origin.kind == "scratch":
-        return Pretraining(plan.peak, "AdamW", "from scratch by fastcpt")
+        return Pretraining(plan.highest, "AdamW", "from scratch by fastcpt")
     if origin.state is not None:
         if kept := origin.state["history"].get("pretraining"):
             return Pretraining(**kept)
@@ -56,18 +58,20 @@ def of(origin: Origin, plan: Plan) -> Pretraining:
     return Pretraining(PEAKS[name], "Adam", f"published for {name}, which has these sizes") if name else Pretraining()
 
 
-def history(origin: Origin, plan: Plan, content: dict[str, dict[str, str]]) -> dict[str, Any]:
+def history(origin: "Origin", plan: "Plan", content: dict[str, dict[str, str]]) -> dict[str, Any]:
     """What a checkpoint of this run says of all that its model has seen. content: see `lineage.Inputs`."""
+    from fastcpt.lineage import history_of
+
     known = history_of(origin)
     seen = sorted({*known["seen"], *content["train"].values()})
     return {"complete": known["complete"], "seen": seen, "pretraining": asdict(of(origin, plan))}
 
 
-def fresh_moments(config: Config, origin: Origin) -> bool:
+def fresh_moments(config: "Config", origin: "Origin") -> bool:
     return not origin.keeps_position and config.init.optimizer == "reset"
 
 
-def describe(config: Config, origin: Origin, plan: Plan) -> str:
+def describe(config: "Config", origin: "Origin", plan: "Plan") -> str:
     """Adam's moments at the start, and the model's pre-training. A change of optimizer would need a word of its own:
     there is AdamW alone."""
     moments = "Adam's moments start afresh" if fresh_moments(config, origin) else "Adam's moments are kept"

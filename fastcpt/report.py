@@ -18,10 +18,10 @@ from typing import Any
 from urllib.parse import quote
 from xml.etree import ElementTree
 
-from fastcpt import UserError, __version__
+from fastcpt import UserError, __version__, reading
 from fastcpt.arms import Arm, column, differences, finite, number, origin, printable, read_arms, set_names
 from fastcpt.figures import COLOURS, DASHES, INK, PAPER, STYLE, Drawing, draw, look
-from fastcpt.progress import short_time
+from fastcpt.progress import short_count, short_time
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 # What is written beside the page, without dates and versions: the same input gives the same bytes.
@@ -29,6 +29,10 @@ FILES: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
+ROLES, EARLY = (
+    ("upstream", "downstream", "other"),
+    0.45,
+)  # the part of a schedule by which rates rank the other way round
 SECTIONS = {
     "plane": "forgetting and adaptation", "validation": "validation loss", "training-loss": "training loss",
     "learning-rate": "learning rate", "throughput": "throughput",
@@ -117,6 +121,75 @@ def _results(arms: Sequence[Arm]) -> str:
     return _table(head, rows)
 
 
+def _reading(arms: Sequence[Arm], control: Arm | None) -> str:
+    """What the curves say: how much of the upstream text was lost on the way, for how long, and how much of it by the end."""
+    head = ["run", "highest forgetting", "<small>at tokens</small>", "back at the start's loss<small>after tokens</small>",
+            "mean forgetting<small>over the tokens</small>", "mean adaptation<small>over the tokens</small>"]  # fmt: skip
+    if control:
+        head += ["against the control<small>at the end</small>", "<small>mean over the tokens</small>"]
+    rows = []
+    for i, arm in enumerate(arms):
+        lost, learned = (reading.changes(arm, what) for what in ("forgetting", "adaptation"))
+        row, count = [_name(arms, i)], len(head) - 1
+        if arm.scratch:  # against a random start there is no forgetting
+            rows.append(row + ["–"] * count)
+            continue
+        if lost:
+            peak = reading.peak(lost)
+            never = peak.height == 0
+            back = (
+                "not within the run" if peak.back is None else "never above" if never else short_count(round(peak.back))
+            )
+            row += [_cell(peak.height, "+.4f"), "–" if never else short_count(round(peak.tokens)), back]
+        else:
+            row += ["–"] * 3
+        row += [_cell(reading.mean(curve), "+z.4f") for curve in (lost, learned)]
+        if control:
+            apart = [] if arm is control else reading.forgetting(arm, control)
+            row += [_cell(apart[-1][1] if apart else math.nan, "+z.4f"), _cell(reading.mean(apart), "+z.4f")]
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _sets(arms: Sequence[Arm]) -> str:
+    """Each validation set by role, with its loss at the end and what has changed; the mean of a role where it has several."""
+    sets, rows = set_names(arms), []
+    for role in sorted(set(sets.values()), key=lambda role: [*ROLES, role].index(role)):
+        names = [name for name, each in sets.items() if each == role]
+        title = f"mean of {len(names)}<small>{html.escape(role)}</small>"
+        groups = [(f"{html.escape(name)}<small>{html.escape(role)}</small>", [name]) for name in names]
+        for label, group in [*groups, *([(title, names)] if len(names) > 1 else [])]:
+            cells = []
+            for arm in arms:
+                curve = reading.losses(arm, group)
+                change = "" if arm.scratch or len(curve) < 2 else f" ({curve[-1][1] - curve[0][1]:+z.4f})"
+                cells.append(f"{curve[-1][1]:.4f}{change}" if curve else "–")
+            rows.append([label, *cells])
+    return _table(["set", *(_name(arms, i) for i in range(len(arms)))], rows) if rows else "<p>There are none.</p>"
+
+
+def _footnotes(arms: Sequence[Arm], control: Arm | None) -> list[str]:
+    """What to know of the tables, in sentences."""
+    notes = ["* against its own random start."] if any(arm.scratch and arm.evaluations for arm in arms) else []
+    if control:
+        notes.append(
+            f"Control: {control.name}, which went on with upstream text. Against it, positive is what more of that text would "
+            "have spared; at equal tokens, interpolated between evaluations, as far as both runs go."
+        )
+        for arm in arms:
+            if arm is not control and not arm.scratch and (apart := reading.unlike(arm, control)):
+                notes.append(f"{arm.name} differs from the control in more than its text: {', '.join(apart)}.")
+    early = [
+        arm.name for arm in arms if arm.planned and arm.last["step"] - arm.first < EARLY * (arm.planned - arm.first)
+    ]
+    if early and len(arms) > 1:
+        notes.append(
+            f"Before {EARLY:.0%} of its schedule: {', '.join(early)}. Do not rank learning rates by it: for the first 100B of 240B "
+            "tokens the smallest led on the new text, and ended behind (arXiv 2308.04014, figure 2)."
+        )
+    return [printable(note) for note in notes]
+
+
 def _breakable(text: str) -> str:
     """Escaped; a long path or setting may break after its dots and slashes."""
     return re.sub("[./](?=.)", r"\g<0><wbr>", html.escape(text))
@@ -148,18 +221,19 @@ def _figure(drawing: Drawing, folder: Path) -> str:
     return f"<figure><h3>{title}</h3>\n{_inline(drawing)}\n<figcaption>{caption} <span>{links}</span></figcaption></figure>"
 
 
-def _page(arms: Sequence[Arm], drawings: Sequence[Drawing], folder: Path) -> str:
+def _page(arms: Sequence[Arm], drawings: Sequence[Drawing], folder: Path, control: Arm | None) -> str:
     shades = ["".join(f"--arm-{i}: {pair[n]}; " for i, pair in enumerate(COLOURS)) for n in (0, 1)]
     names = ", ".join(arm.name for arm in arms)
     missing = [title for key, title in SECTIONS.items() if not any(each.key.startswith(key) for each in drawings)]
-    star = "* against its own random start." if any(arm.scratch and arm.evaluations for arm in arms) else ""
     return string.Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(f"{names}: a report" if len(names) < 60 else f"A report on {len(arms)} runs"),
         light=shades[0],
         dark=shades[1],
         arms="\n".join(_card(arms, i) for i in range(len(arms))),
         results=_results(arms),
-        footnotes=f'<p class="soft">{star}</p>' if star else "",
+        footnotes="\n".join(f'<p class="soft">{html.escape(note)}</p>' for note in _footnotes(arms, control)),
+        reading=_reading(arms, control),
+        sets=_sets(arms),
         figures="\n".join(_figure(drawing, folder) for drawing in drawings),
         omitted=f'<p class="soft">Not drawn, no run has the numbers: {", ".join(missing)}.</p>' if missing else "",
         differences=_differences(arms),
@@ -167,12 +241,30 @@ def _page(arms: Sequence[Arm], drawings: Sequence[Drawing], folder: Path) -> str
     )
 
 
-def report(runs: Sequence[str], output: str | Path) -> list[Path]:
+def _with_control(runs: Sequence[str], control: str | None) -> tuple[list[Arm], Arm | None]:
+    """The arms, the control among them, and the control. Raises UserError for one that nothing can be held against."""
+    if control is None:
+        return read_arms(runs), None
+    places = [Path(run).resolve() for run in runs]
+    alone = Path(control).resolve() not in places
+    arms = read_arms([*runs, control] if alone else runs)
+    found = arms[-1] if alone else arms[places.index(Path(control).resolve())]
+    if not any(reading.forgetting(arm, found) for arm in arms if arm is not found):
+        raise UserError(
+            "control-incomparable",
+            f"{control}: no run has an upstream set in common with this control, at tokens that it reached; name the run "
+            "that went on with upstream text, with the same data.val",
+        )
+    return arms, found
+
+
+def report(runs: Sequence[str], output: str | Path, control: str | None = None) -> list[Path]:
     """Writes a page about the runs to `output` and its figures to a folder beside it, FILE-figures.
 
-    Returns the files written, the page first. Raises UserError for a folder that is no run, or without matplotlib.
+    control: the run that went on with upstream text on the same schedule; forgetting is held against it, too. Returns the
+    files written, the page first. Raises UserError for a folder that is no run, or without matplotlib.
     """
-    arms, page = read_arms(runs), Path(output)
+    (arms, held_against), page = _with_control(runs, control), Path(output)
     try:
         from matplotlib import style
     except ImportError:
@@ -191,8 +283,8 @@ def report(runs: Sequence[str], output: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with style.context(["default", STYLE]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")  # PNG and PDF have one font; the page has all
-            drawings = draw(arms)
-            content = _page(arms, drawings, folder)
+            drawings = draw(arms, held_against)
+            content = _page(arms, drawings, folder, held_against)
             for drawing in drawings:
                 for suffix, metadata in FILES.items():
                     written.append(folder / f"{drawing.key}.{suffix}")

@@ -56,6 +56,8 @@ CASES = (
          "argument --source: invalid choice: 'gguf' (choose from …); `fastcpt convert --help` says what there is"),
     Case("options-wrong", "left out an option's value", "plan --config run.yaml --gpus",
          "argument --gpus: expected one argument; `fastcpt plan --help` says what there is"),
+    Case("shift-unmeasurable", "asked for the shift of a run from scratch", "plan --config run.yaml --run.output new --shift",
+         "--shift compares the start's losses on upstream and downstream sets, and a run from scratch has no old text; leave it out"),
     Case("option-out-of-range", "no processes", "plan --config run.yaml --gpus 0",
          "--gpus '0': write a whole number, from 1 on"),
     Case("option-out-of-range", "no workers", f"{PREP} --workers 0",
@@ -378,6 +380,9 @@ CASES = (
          "…/hf: no run, it has no metrics.jsonl; name a folder that was a run's run.output"),
     Case("run-twice", "reported on one run twice", "report run run --output page.html",
          "run: this run is given twice; name each once"),
+    Case("control-incomparable", "held a run against itself", "report run --control run --output page.html",
+         "run: no run has an upstream set in common with this control, at tokens that it reached; name the run that went on with "
+         "upstream text, with the same data.val"),
     Case("metrics-empty", "reported on a run that has logged nothing", "report run --output page.html",
          "…/run/metrics.jsonl: no whole line in it; let the run reach its first evaluation or log line",
          put("run/metrics.jsonl", "")),

@@ -56,7 +56,18 @@ def test_the_rise_of_rewarming_is_no_alarm_and_a_later_one_is() -> None:
     ]
     assert heard([evaluation(step, loss, "downstream") for step, loss in losses]) == []
     later = Plan("cosine", 1000, 100, 2, 1e-3, 0.1)
-    assert Alarms(later).quiet_until == 1007 and heard([evaluation(step, loss) for step, loss in losses], later) == []
+    assert (
+        Alarms(later).quiet_until(1001) == 1007
+        and heard([evaluation(step, loss) for step, loss in losses], later) == []
+    )
+
+
+def test_a_phase_that_rewarms_is_quiet_again() -> None:
+    """From step 50 on a schedule of its own, with a warm-up of 4 steps: quiet until 59, and then held against itself."""
+    plan = Plan("constant", 0, 100, 0, 1e-3, 0.1, later=(Plan("cosine", 50, 50, 4, 2e-3, 0.1),))
+    losses = [(0, 2.0), (20, 1.9), (50, 2.0), (51, 2.9), (55, 3.01), (59, 2.8), (60, 2.4), (70, 2.55), (80, 2.61)]
+    found = heard([evaluation(step, loss) for step, loss in losses], plan)
+    assert [step for step, _ in found] == [55, 80] and "above its 2.0000 at the start" in found[0][1]
 
 
 def test_far_above_the_start_is_one_at_any_time() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fastcpt import checkpoint, guidance, plan, train
-from fastcpt.config import Config, Count, Source, ValidationSet, to_dict, to_yaml
+from fastcpt.config import Config, Count, Phase, Source, ValidationSet, to_dict, to_yaml
 from fastcpt.lineage import Origin, make_plan
 from fastcpt.model import PRESETS, Architecture
 from fastcpt.schedules import Plan
@@ -171,6 +171,7 @@ def prepare(
 
     def make(
         kind: Any = "continue", weights: Any = None, roles: tuple[str, ...] = ("upstream", "downstream"), history: Any = None,
+        phases: Any = (),
         **sections: Any,
     ) -> plan.Prepared:  # fmt: skip
         sources = [
@@ -183,7 +184,13 @@ def prepare(
         ]  # fmt: skip
         train_ = {"tokens": Count(1600), "batch_tokens": Count(32)}
         start = plan.prepare(
-            tiny_config(tmp_path / "runs" / "run", data={"train": sources, "val": val}, train=train_, **sections), 1
+            tiny_config(
+                tmp_path / "runs" / "run",
+                data={"train": sources, "val": val, "phases": list(phases)},
+                train=train_,
+                **sections,
+            ),
+            1,
         )
         state = {
             "history": {"complete": True, "seen": [ShardSet(tmp_path / "old").fingerprint], **(history or {})},
@@ -250,6 +257,20 @@ def test_replay_as_the_shift_asks_for_it(prepare: Callable, told: Any, weights: 
     followed = prepare(weights=weights | {"old": (entry["weight"], True)})
     if part == 0.25 or told is None:
         assert piece(followed, "in data.train:", guidance.Asked(measured=told)) is None
+
+
+def test_replay_of_a_run_of_phases_is_counted_over_all_of_it(prepare: Callable) -> None:
+    """10% of the first half and none of the second are 5% of the run."""
+    sources = {"new": (None, False), "old": (None, True)}
+    phases = [Phase(tokens=Count(800), weights={"new": 0.9, "old": 0.1}), Phase(weights={"new": 1.0})]
+    start = prepare(weights=sources, phases=phases)
+    sentence, (entry,) = piece(start, "in data.train", guidance.Asked(measured=STRONG))  # type: ignore[misc]
+    assert (
+        sentence.startswith("5.0% of the samples replay upstream text")
+        and "beside those of each of data.phases" in sentence
+    )
+    assert entry["weight"] == pytest.approx(0.95 / 3, rel=5e-3)
+    assert piece(start, "in data.train", guidance.Asked(measured=WEAK)) is None
 
 
 def test_the_first_evaluation_tells_the_shift(prepare: Callable) -> None:

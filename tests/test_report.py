@@ -314,7 +314,7 @@ def test_names_are_text_not_markup(page: Page) -> None:
 
 
 def test_the_tables_hold_the_final_figures_and_the_differences(page: Page) -> None:
-    results, differences = page.tables
+    results, way, sets, differences = page.tables
     assert results[0][:7] == [
         "run",
         "steps",
@@ -329,6 +329,15 @@ def test_the_tables_hold_the_final_figures_and_the_differences(page: Page) -> No
     speed = ["200", "2.00 GiB", "1m30s"]  # the median of 210 and 190: the interval of 50 compiled
     assert results[1] == ['a<b>&"$1', *same, "+0.2000", "+0.8750", *speed]
     assert results[2] == ["base", *same, "–*", "+0.8750*", *speed]
+    # Forgetting 0, 0.3, 0.25, 0.2 at 0, 1000, 2000, 3000 tokens: its mean by trapezoids is (0.15 + 0.275 + 0.225) / 3.
+    assert way[0] == ["run", "highest forgetting", "at tokens", "back at the start's lossafter tokens", "mean forgettingover the tokens", "mean adaptationover the tokens"]  # fmt: skip
+    assert way[1] == ['a<b>&"$1', "+0.3000", "1K", "not within the run", "+0.2167", "+0.6125"]
+    assert way[2] == ["base", *["–"] * 5]
+    assert sets == [
+        ["set", 'a<b>&"$1', "base"],
+        ["pileupstream", "4.2000 (+0.2000)", "4.2000"],
+        ["codedownstream", "4.1250 (-0.8750)", "4.1250"],
+    ]
     assert differences == [
         ["setting", 'a<b>&"$1', "base"],
         ["model.preset", "<script>alert(1)</script>", "null"],
@@ -337,6 +346,98 @@ def test_the_tables_hold_the_final_figures_and_the_differences(page: Page) -> No
     ]
     assert "Continues base/model; Adam's moments reset, data from its start." in page.text
     assert "From scratch. Schedule: cosine, 30 steps, 3 of warm-up, peak 0.001." in page.text
+
+
+def sets_of(step: int, **losses: tuple[str, float]) -> dict[str, Any]:
+    entries = {
+        name: {"loss": loss, "bits_per_byte": 1.0, "tokens": 512, "role": role} for name, (role, loss) in losses.items()
+    }
+    return {"step": step, "tokens": 100 * step, "eval": entries, "forgetting": 0.5 if step else 0.0}
+
+
+def test_sets_go_by_their_roles(write_run: Callable[..., str], tmp_path: Path) -> None:
+    """The domains of a role together, and their mean, each counting the same; what an arm lacks is a dash."""
+    lines = [
+        sets_of(step, new=("downstream", 5.0 - change), books=("upstream", 3.0 + change), side=("other", 1.0), code=("upstream", 2.0 + 3 * change))
+        for step, change in ((0, 0.0), (30, 0.25))
+    ]  # fmt: skip
+    run = write_run("a", lines)
+    table = Page(report([run, write_run("b")], tmp_path / "r.html")[0]).tables[2]
+    assert ["pileupstream", "–", "4.2000 (+0.2000)"] in table
+    assert table[-1] == ["codeupstream/downstream", "2.7500 (+0.7500)", "4.1250 (-0.8750)"]
+    alone = Page(report([run], tmp_path / "alone.html")[0]).tables[2]
+    assert alone == [
+        ["set", "a"],
+        ["booksupstream", "3.2500 (+0.2500)"],
+        ["codeupstream", "2.7500 (+0.7500)"],
+        ["mean of 2upstream", "3.0000 (+0.5000)"],
+        ["newdownstream", "4.7500 (-0.2500)"],
+        ["sideother", "1.0000 (+0.0000)"],
+    ]
+
+
+def test_forgetting_is_held_against_a_control(write_run: Callable[..., str], tmp_path: Path) -> None:
+    """The control's upstream loss goes from 4.0 straight to 3.6: the arm's 4.3, 4.25, 4.2 are 0.4333, 0.5167, 0.6 above."""
+    control = write_run("control", [evaluation(0, 4.0, 5.0), evaluation(30, 3.6, 5.0)], optim={"lr": 0.5})
+    run = write_run("a")
+    for runs in ([run], [control, run]):
+        files = report(runs, tmp_path / "r.html", control)
+        page = Page(files[0])
+        rows = {row[0]: row[-2:] for row in page.tables[1]}
+        assert rows["run"] == ["against the controlat the end", "mean over the tokens"]
+        assert rows["a"] == [
+            "+0.6000",
+            f"+{(0.4333333 / 2 + (0.4333333 + 0.5166667) / 2 + (0.5166667 + 0.6) / 2) / 3:.4f}",
+        ]
+        assert rows["control"] == ["–", "–"] and len(page.tables[0]) == 3
+        assert "Control: control, which went on with upstream text." in page.text
+        assert "a differs from the control in more than its text: optim.lr." in page.text
+        assert (tmp_path / "r-figures" / "control.png") in files
+    both = arms.read_arms([run, control])
+    drawing = {each.key: each for each in figures.draw(both, both[1])}["control"]
+    ((xs, ys),) = curves(drawing)
+    assert xs == [0, 1000, 2000, 3000] and ys == pytest.approx([0, 0.4333333, 0.5166667, 0.6])
+    assert "control" not in drawn([run, control])
+    nothing = write_run("nothing", [line for line in LINES if "eval" not in line])
+    with pytest.raises(UserError, match=r"nothing: no run has an upstream set in common with this control"):
+        report([run], tmp_path / "r.html", nothing)
+    with pytest.raises(UserError, match="in common"):
+        report([run], tmp_path / "r.html", run)
+
+
+def test_the_page_says_what_not_to_read_into_it(write_run: Callable[..., str], tmp_path: Path) -> None:
+    young, done = write_run("young", LINES[:3], None), write_run("done")
+    text = Page(report([young, done], tmp_path / "r.html")[0]).text
+    assert "Before 45% of its schedule: young. Do not rank learning rates by it" in text and "figure 2" in text
+    assert "rank" not in Page(report([done], tmp_path / "r.html")[0]).text
+    assert "rank" not in Page(report([young], tmp_path / "r.html")[0]).text
+    for limit in (
+        "arXiv 2308.04014",
+        "arXiv 2403.08763",
+        "arXiv 2406.14833",
+        "German",
+        "410M",
+        "Larger models want lower rates",
+    ):
+        assert limit in " ".join(text.split())
+
+
+def test_alarms_and_pretraining_are_on_the_card(write_run: Callable[..., str]) -> None:
+    alarm = {
+        "step": 20,
+        "tokens": 2000,
+        "event": {"kind": "alarm", "of": "evaluation", "text": "upstream loss of pile rose"},
+    }
+    skip = {"step": 9, "tokens": 900, "event": {"kind": "spike", "samples": [1, 2], "not_finite": [], "ranks": []}}
+    once, twice = write_run("once", [*LINES, skip, alarm]), write_run("twice", [*LINES, alarm, {**alarm, "step": 25}])
+    path = Path(once) / "checkpoints" / "step-30" / "state.json"
+    known = {"peak": 3e-4, "optimizer": "Adam", "told_by": "published"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"history": {"pretraining": known}}))
+    one, two = arms.read_arms([once, twice])
+    assert one.notes == ["an alarm at step 20: upstream loss of pile rose"]
+    assert two.notes == ["2 alarms, the first at step 20: upstream loss of pile rose"]
+    assert arms.origin(one).endswith(" Pre-trained by Adam at a peak rate of 0.0003 (published).")
+    assert "re-trained by" not in arms.origin(two)
 
 
 def test_settings_are_compared_by_name() -> None:
