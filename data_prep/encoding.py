@@ -98,7 +98,7 @@ def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise UserError("tokenizer-broken", f"{path}: not a tokenizer.json: {first_line(error)}; restore it") from None
 
 
-def _load_reference(content: dict[str, Any]) -> tokenizers.Tokenizer:
+def load_reference(content: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
@@ -108,7 +108,7 @@ def _load_reference(content: dict[str, Any]) -> tokenizers.Tokenizer:
         ) from None
 
 
-def _ids(content: dict[str, Any]) -> dict[str, int]:
+def ids_of(content: dict[str, Any]) -> dict[str, int]:
     """The id of each token, added tokens included."""
     vocab = content["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: [token, score]
@@ -120,7 +120,7 @@ def read_vocabulary(tokenizer_json: bytes, eod: str | None, source: str) -> Voca
     """Raises UserError when it is no tokenizer.json, or has no token `eod` (or, if None, none of EOD_NAMES)."""
     try:
         content = json.loads(tokenizer_json)
-        ids = _ids(content)
+        ids = ids_of(content)
         special = {token["content"]: token["id"] for token in content.get("added_tokens") or () if token["special"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -160,14 +160,14 @@ def _without_extras(content: dict[str, Any], eod_token: str) -> dict[str, Any]:
     return {**content, "truncation": None, "padding": None, "added_tokens": tokens}
 
 
-def _is_byte_level(content: dict[str, Any]) -> bool:
+def is_byte_level(content: dict[str, Any]) -> bool:
     splitter = content.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers", [splitter])
     return content["model"].get("type") == "BPE" and any(step.get("type") == "ByteLevel" for step in steps)
 
 
 @functools.cache
-def _byte_of_char() -> dict[str, int]:
+def byte_of_char() -> dict[str, int]:
     """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes for U+0100 and up (GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -180,8 +180,8 @@ def token_bytes(tokenizer_json: bytes, vocabulary: Vocabulary) -> np.ndarray:
     Exact for byte-level BPE. In other vocabularies "▁" counts as a space and "<0x0A>" as a byte (SentencePiece).
     """
     content = json.loads(tokenizer_json)
-    byte_level = _is_byte_level(content)
-    alphabet = frozenset(_byte_of_char())
+    byte_level = is_byte_level(content)
+    alphabet = frozenset(byte_of_char())
     sizes = np.zeros(vocabulary.size, np.uint16)
 
     def size(token: str) -> int:
@@ -190,7 +190,7 @@ def token_bytes(tokenizer_json: bytes, vocabulary: Vocabulary) -> np.ndarray:
         return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
 
     added = {token["content"] for token in content.get("added_tokens") or ()}
-    for token, index in _ids(content).items():
+    for token, index in ids_of(content).items():
         sizes[index] = len(token.encode()) if token in added else size(token)
     for low, high in vocabulary.reserved:
         sizes[low:high] = 0
@@ -207,7 +207,7 @@ class Reference:
     """The `tokenizers` library, text that spells a special token kept as text."""
 
     def __init__(self, content: dict[str, Any]) -> None:
-        self._tokenizer = _load_reference(content)
+        self._tokenizer = load_reference(content)
         self._tokenizer.encode_special_tokens = True
 
     def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -229,7 +229,7 @@ class Gigatoken:
     """
 
     def __init__(self, content: dict[str, Any]) -> None:
-        if not _is_byte_level(content):
+        if not is_byte_level(content):
             raise UserError(
                 "tokenizer-not-byte-level",
                 "tokenizer.json: not byte-level BPE, all that the fast tokenizer is trusted with; "
@@ -284,10 +284,10 @@ def _uncovered_byte(content: dict[str, Any]) -> Callable[[bytes], int | None]:
     whole alphabet lacks none.
     """
     vocab = content["model"].get("vocab") or {}
-    lacking = [byte for char, byte in _byte_of_char().items() if byte in UTF8_BYTES and char not in vocab]
-    if not _is_byte_level(content) or not lacking:
+    lacking = [byte for char, byte in byte_of_char().items() if byte in UTF8_BYTES and char not in vocab]
+    if not is_byte_level(content) or not lacking:
         return lambda text: None
-    normalizer = _load_reference(content).normalizer
+    normalizer = load_reference(content).normalizer
     found = re.compile(b"[" + b"".join(b"\\x%02x" % byte for byte in lacking) + b"]")
 
     def search(text: bytes) -> int | None:

@@ -76,11 +76,10 @@ def place(piece: Piece, line: int, offset: int) -> str:
     return f"{piece.source.path}:{number} ({f'byte {offset}' if offset >= 0 else f'row {number}'})"
 
 
-def _stop(piece: Piece, reject: Reject) -> NoReturn:
+def stop(piece: Piece, reject: Reject, instead: str = ", or leave such documents out with --on-error skip") -> NoReturn:
     raise UserError(
         f"input-{reject.reason.lower().replace(' ', '-')}",
-        f"{place(piece, reject.line, reject.offset)}: {reject.reason}: {reject.detail}; "
-        "mend the file, or leave such documents out with --on-error skip",
+        f"{place(piece, reject.line, reject.offset)}: {reject.reason}: {reject.detail}; mend the file{instead}",
     )
 
 
@@ -110,7 +109,7 @@ def _documents(task: Task, job: Job, uncovered: Callable[[bytes], int | None], t
             if isinstance(item, Document):
                 yield Entry(tally, item, job.set_of(item) if one_set is None else one_set)
             elif job.on_error == "fail":
-                _stop(piece, item)
+                stop(piece, item)
             else:
                 tally.reject(item)
         tally.lines, tally.blank = reader.lines, reader.blank

@@ -147,9 +147,38 @@ def _add_interpolate(parser: argparse.ArgumentParser) -> None:
     _add_ema(parser, "CONTINUED's")
 
 
+def _extend(arguments: argparse.Namespace) -> int:
+    from fastcpt.extend import extend
+
+    made = extend(
+        arguments.model, arguments.output, arguments.text, arguments.add, arguments.tokenizer,
+        arguments.init, arguments.text_key, arguments.seed,
+    )  # fmt: skip
+    if made.size:
+        before, after = made.before / made.size, made.after / made.size
+        print(f"{before:.4f} -> {after:.4f} tokens a byte of the text, {1 - after / before:.1%} fewer")
+    print(f"{arguments.output}: {made.tokens:,} new tokens, {made.rows:,} rows; a Hugging Face model, fp32")
+    return 0
+
+
+def _add_extend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--text", nargs="+", metavar="INPUT", help="text of the new language, as `prep` reads it")
+    parser.add_argument("--add", type=int, metavar="N", help="merges to learn on it, a new token each")
+    parser.add_argument("--tokenizer", metavar="T", help="instead, one that was extended elsewhere")
+    parser.add_argument(
+        "--init", choices=("subtokens", "mean", "noise"), default="subtokens",
+        help="new rows: the mean of those of a token's old parts (default), of all, or noise",
+    )  # fmt: skip
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="where a record's text is (default: text)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
+
+
 COMMANDS: dict[str, Command] = {
     "eval": ("loss and bits per byte of a model on shard sets", _add_eval, _eval),
     "export": ("write a checkpoint as a Hugging Face model, or push it to the hub", _add_export, _export),
     "merge": ("average the weights of checkpoints, also as a decay", _add_merge, _merge),
     "interpolate": ("what is forgotten and learned on the way between two models", _add_interpolate, _interpolate),
+    "extend": ("teach a tokenizer new tokens, and give the model rows for them", _add_extend, _extend),
 }

@@ -167,6 +167,8 @@ class Train:
     """auto: the fastest that is installed and fits the GPU; on CPU blocks in bf16, else sdpa."""
     skip_spikes: float = 0.0
     """Skip steps whose loss or gradient norm is so many standard deviations above the last 128 steps' mean; 0: none."""
+    ema: Count | None = None
+    """Half-life, in tokens, of a moving average of the weights kept beside them from the start; null: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,10 @@ class Optim:
     """Largest norm of the whole gradient."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Dtype of Adam's moments; bf16 ones take half the memory and are rounded stochastically."""
+    embeddings_first: float | str | None = None
+    """How long, from the start, both embeddings alone are updated; a length as schedule.warmup. Null: not at all."""
+    new_rows_lr: float | None = None
+    """Rate of the rows of new tokens (`fastcpt extend`), relative to that of all else; 1 unless given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,12 +289,13 @@ def check(config: Config) -> None:
     require(optim.clip > 0, f"optim.clip {optim.clip} must be above 0; a large number clips nothing")
     require(optim.eps > 0, f"optim.eps {optim.eps} must be above 0")
     require(0 <= optim.weight_decay < math.inf, f"optim.weight_decay {optim.weight_decay} is not a number from 0 on")
-    for name in ("warmup", "cooldown", "decay"):
-        length = getattr(schedule, name)
-        wrong = (
-            f"schedule.{name} {length} is neither a fraction below 1, a whole number of steps, nor tokens such as 2B"
-        )
+    lengths = {f"schedule.{name}": getattr(schedule, name) for name in ("warmup", "cooldown", "decay")}
+    for name, length in {**lengths, "optim.embeddings_first": optim.embeddings_first}.items():
+        wrong = f"{name} {length} is neither a fraction below 1, a whole number of steps, nor tokens such as 2B"
         require(length is None or is_length(length), wrong)
+    require(
+        0 <= (optim.new_rows_lr or 0) < math.inf, f"optim.new_rows_lr {optim.new_rows_lr} is not a number from 0 on"
+    )
     require(0 <= schedule.min_lr_ratio <= 1, f"schedule.min_lr_ratio {schedule.min_lr_ratio} is not from 0 to 1")
     if config.init.branch:
         for good, message, id in (
@@ -306,11 +313,6 @@ def check(config: Config) -> None:
 
 
 SECTIONS = ("model", "init", "data", "train", "optim", "schedule", "run")
-
-
-def _spelled(name: str) -> str:
-    """`from` is a keyword of Python; the field is `from_`, its name in files and options `from`."""
-    return name.removesuffix("_")
 
 
 def documentation(cls: type) -> dict[str, str]:
@@ -331,12 +333,13 @@ def fields() -> list[tuple[str, str]]:
     def walk(cls: type, prefix: str) -> list[tuple[str, str]]:
         rows = []
         for name, text in documentation(cls).items():
-            rows.append((prefix + _spelled(name), text))
+            shown = prefix + name.removesuffix("_")  # `from` is a keyword of Python: the field is `from_`
+            rows.append((shown, text))
             hint = get_type_hints(cls)[name]
             inner = get_args(hint)[0] if get_origin(hint) is list else None
             if is_dataclass(inner):
                 assert isinstance(inner, type)
-                rows += walk(inner, f"{prefix}{_spelled(name)}[].")
+                rows += walk(inner, f"{shown}[].")
         return rows
 
     return [row for section in SECTIONS for row in walk(get_type_hints(Config)[section], f"{section}.")]

@@ -51,6 +51,7 @@ GELU: dict[str, Literal["erf", "tanh"]] = {
     "gelu_fast": "tanh",
     "gelu_pytorch_tanh": "tanh",
 }
+OLD_ROWS = "fastcpt_old_rows"  # Architecture.old_rows, which transformers keeps and does not read
 # What no GPT-NeoX of ours has: (key, its only value, that of a file which does not say, the mend, the error's id).
 FIXED = (
     ("model_type", "gpt_neox", None, "only GPT-NeoX models can be trained", "model-not-gpt-neox"),
@@ -152,8 +153,9 @@ def read_architecture(directory: Path) -> Architecture:
         refuse("use_parallel_residual", parallel, "it must be true or false")
     fields: dict[str, Any] = {ours: number(*agreed((theirs,)), (int,)) for ours, theirs in SIZES.items()}
     fields |= {ours: float(number(*agreed(spellings), (int, float))) for ours, spellings in REALS.items()}
+    old_rows = number(OLD_ROWS, config.get(OLD_ROWS, 0), (int,))
     try:
-        return Architecture(**fields, gelu=GELU[activation], parallel_residual=parallel)
+        return Architecture(**fields, gelu=GELU[activation], parallel_residual=parallel, old_rows=old_rows)
     except UserError as error:
         raise UserError(error.id, f"{file}: {error}") from None
 
@@ -268,6 +270,7 @@ def config_json(arch: Architecture, eod_id: int | None) -> dict[str, Any]:
         "eos_token_id": eod_id,
         "torch_dtype": "float32",
         "dtype": "float32",
+        **({OLD_ROWS: arch.old_rows} if arch.old_rows else {}),
     }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastcpt import UserError, checkpoint, hf
+from fastcpt import UserError, checkpoint, hf, rates
 from fastcpt.config import Config, to_dict
 from fastcpt.data import Mixture, Phase, PhaseSource, parts_per_million, taken
 from fastcpt.model import Architecture, resolve_architecture
@@ -301,6 +301,7 @@ def prepare(config: Config, world: World, processes: int) -> Inputs:
         check_resume(config, origin.state, content)
     plan = make_plan(config, origin)
     check_rewarm(config, origin, plan, sets)
+    rates.check(config, origin.arch, plan)
     if origin.kind == "branch":
         assert origin.state is not None
         position = origin.state["data"]

@@ -161,7 +161,8 @@ def of(config: Config, arch: Architecture, world: World, shards: int, recompute:
     """`parts` of a run on this kind of device."""
     train = config.train
     share = -(-train.batch_tokens // config.data.seq_len // world.size)
-    return parts(
+    average = {"average": 4 * -(-metrics.parameter_count(arch) // shards)} if train.ema else {}
+    return average | parts(
         arch, min(train.micro_batch, share), config.data.seq_len, train.precision != "fp32", config.data.document_mask,
         uses_kernels(config, world), uses_blocks(config, world), 2 if config.optim.moments == "bf16" else 4, shards, recompute,
         ddp=shards == 1 and world.size > 1 and not train.deterministic,
@@ -182,6 +183,7 @@ def notes(config: Config, world: World, shards: int, recompute: bool, sequences:
         "weights": f"fp32, 4 bytes {each}",
         "gradients": f"fp32, 4 bytes {each}",
         "moments": f"{moments}, 2 x {2 if moments == 'bf16' else 4} bytes {each}",
+        "average": f"of the weights, fp32, 4 bytes {each}",
         "buckets": "of DDP, in which gradients are averaged, fp32",
         "gathered": "two blocks, the embeddings and gradients on their way to shards",
         "casts": "bf16 copies of the matrices",

@@ -216,7 +216,8 @@ def console_line(line: dict[str, Any], total_steps: int) -> str:
             for name, entry in line["eval"].items()
         )
         changes = "".join(f"  {name} {line[name]:+.4f}" for name in ("forgetting", "adaptation") if name in line)
-        return f"{head}  eval  {sets}{changes}"
+        average = "".join(f"  {name} {entry['loss']:.4f} (ema)" for name, entry in line.get("ema", {}).items())
+        return f"{head}  eval  {sets}{changes}{average}"
     if "event" in line:
         event = line["event"]
         if event["kind"] == "alarm":

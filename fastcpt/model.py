@@ -49,6 +49,7 @@ class Architecture:
     rotary_base: float = 10000.0
     norm_eps: float = 1e-5
     max_positions: int = 2048  # written to exports; the rotary embedding itself has no limit
+    old_rows: int = 0  # of both embeddings before the vocabulary was extended; 0: it was not
 
     def __post_init__(self) -> None:
         if not self.mlp_width:

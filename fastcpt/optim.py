@@ -9,6 +9,7 @@ from fastcpt import UserError
 from fastcpt.config import Optim
 from fastcpt.kernels import launch
 from fastcpt.kernels.adamw import adamw_reference, adamw_step, gradient_square, square_by_products
+from fastcpt.rates import WHOLE, Piece
 
 
 class AdamW(torch.optim.AdamW):
@@ -24,6 +25,7 @@ class AdamW(torch.optim.AdamW):
     reduce: what is done to the sum of squares of this process's gradients before it is the norm's; a process that holds
     shards sets it to a sum over processes. whole: what is done to the gradients before they are squared; where the norm
     must not depend on how they are sharded, they are put together.
+    pieces: of parameters of which not all has the schedule's rate (`rates.py`).
     veto: of the scaled gradient's norm, whether to skip the step all the same; all processes must decide alike.
 
     Raises UserError where the kernels that were asked for cannot run.
@@ -36,6 +38,7 @@ class AdamW(torch.optim.AdamW):
         kernels: bool = False,
         moments: torch.dtype = torch.float32,
         elementwise: bool = False,
+        pieces: dict[nn.Parameter, list[Piece]] | None = None,
     ) -> None:
         parameters = list(parameters)
         groups = [
@@ -52,10 +55,16 @@ class AdamW(torch.optim.AdamW):
             raise UserError(
                 "moments-need-kernels", f"{moments} moments on {device} need the kernels of AdamW; torch's are fp32"
             )
+        elif pieces and device.type != "cpu":
+            raise UserError(
+                "rates-need-kernels",
+                f"optim.embeddings_first and optim.new_rows_lr on {device} need the kernels of AdamW; use train.kernels: auto",
+            )
         self.config = config
         self.parameters = parameters
         self.elementwise = elementwise
-        self.kernels = kernels or moments != torch.float32 or elementwise
+        self.pieces = pieces or {}
+        self.kernels = kernels or moments != torch.float32 or elementwise or bool(pieces)
         self.reduce: Callable[[Tensor], Tensor] = lambda square: square
         self.whole: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients
         self.veto: Callable[[Tensor], Tensor] | None = None
@@ -70,13 +79,18 @@ class AdamW(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=moments)
 
     @torch.no_grad()
-    def clipped_step(self, lr: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def clipped_step(self, lr: float, scale: float = 1.0, embeddings_only: bool = False) -> tuple[Tensor, Tensor]:
         """One update at rate `lr` by gradients times `scale`, their norm limited to `clip`; gradients are freed.
+
+        embeddings_only: of the moments of all parameters, but of the weights of both embeddings alone.
 
         Returns (norm of the scaled gradient before clipping, 1.0 if the step was skipped, since it was not finite or by
         the veto, else 0.0), fp32 scalars on the device.
         """
-        norm, skipped = (self._step_by_kernels if self.kernels else self._step_by_torch)(lr, scale)
+        if self.kernels:
+            norm, skipped = self._step_by_kernels(lr, scale, embeddings_only)
+        else:
+            norm, skipped = self._step_by_torch(lr, scale)
         self.zero_grad(set_to_none=True)
         return norm, skipped
 
@@ -94,25 +108,36 @@ class AdamW(torch.optim.AdamW):
         self.step()
         return norm, self.found_inf
 
-    def _step_by_kernels(self, lr: float, scale: float) -> tuple[Tensor, Tensor]:
-        rows = [
-            (p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], group["weight_decay"])
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
+    def _step_by_kernels(self, lr: float, scale: float, embeddings_only: bool) -> tuple[Tensor, Tensor]:
         square = self.reduce(gradient_square(self.whole([p.grad for p in self.parameters if p.grad is not None])))
-        parameters, gradients, exp_avgs, exp_avg_sqs, decays = (list(column) for column in zip(*rows))
-        beta1, beta2 = self.config.betas
         true_norm = square.sqrt() * scale
         if self.veto is not None:
             square = torch.where(self.veto(true_norm), torch.inf, square)  # what the kernel skips
         step = adamw_reference if self.elementwise and square.device.type == "cpu" else adamw_step
-        norm, skipped = step(
-            parameters, gradients, exp_avgs, exp_avg_sqs, decays, self.count,
-            lr=lr, betas=(beta1, beta2), eps=self.config.eps, clip=self.config.clip, scale=scale, square=square,
-        )  # fmt: skip
+        beta1, beta2 = self.config.betas
+        before = self.count.clone()
+        for factor, rows in self._rows(embeddings_only).items():
+            self.count.copy_(before)  # of each of the calls, which are one update
+            norm, skipped = step(
+                *(list(column) for column in zip(*rows)), self.count,  # type: ignore[arg-type]
+                lr=lr * factor, betas=(beta1, beta2), eps=self.config.eps, clip=self.config.clip, scale=scale, square=square,
+            )  # fmt: skip
         return (norm if self.veto is None else true_norm), skipped
+
+    def _rows(self, embeddings_only: bool) -> dict[float, list[tuple[Tensor, Tensor, Tensor, Tensor, float]]]:
+        """{rate relative to the schedule's: (parameter, gradient, both moments, weight decay) of each piece}."""
+        groups: dict[float, list[tuple[Tensor, Tensor, Tensor, Tensor, float]]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                tensors = (p.detach(), p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])
+                for piece in self.pieces.get(p, [WHOLE]):
+                    g, *rest = (tensor[piece.first : piece.end] if piece.parts else tensor for tensor in tensors)
+                    if g.numel() or not piece.parts:
+                        row = (g, *rest, group["weight_decay"])
+                        groups.setdefault(piece.factor(embeddings_only), []).append(row)  # type: ignore[arg-type]
+        return groups
 
     @property
     def _counts(self) -> list[Tensor]:

@@ -182,12 +182,12 @@ class Disk:
 
 
 def disk(prepared: Prepared) -> Disk:
-    """12 bytes a parameter (weights and two moments, fp32), 4 for an export; their tokenizer, names and hashes."""
+    """12 bytes a parameter (weights and two moments, fp32; 16 with train.ema), 4 for an export; tokenizer, names and hashes."""
     run, arch, step, last = prepared.config.run, prepared.origin.arch, prepared.step, prepared.last_step
-    parameters, tensors = metrics.parameter_count(arch), 12 * arch.layers + 4
+    count, tensors, copies = metrics.parameter_count(arch), 12 * arch.layers + 4, 3 + bool(prepared.config.train.ema)
     tokenizer = (next(iter(prepared.mixture.sets.values())).path / "tokenizer.json").stat().st_size
     # Beside the tensors, as measured: 190 bytes of header for one, 22 of hash for 1 MiB, 12 KB of state.
-    saved = int(12 * parameters * (1 + 22 / 2**20)) + 3 * tensors * 190 + 12_000 + tokenizer
+    saved = copies * (int(4 * count * (1 + 22 / 2**20)) + 190 * tensors) + 12_000 + tokenizer
     written = multiples(step, last - 1, run.save_every) + 1 if last > step else 0
     there = checkpoint.steps(Path(run.output))
     more = max(1, run.keep + 1 - len(there))
@@ -196,7 +196,7 @@ def disk(prepared: Prepared) -> Disk:
         more = max(1, run.keep + 1 - sum(known % run.keep_every != 0 for known in there)) + stay
     more = min(written, more)
     free = shutil.disk_usage(next(path for path in (Path(run.output).resolve() / "x").parents if path.exists())).free
-    return Disk(saved, 4 * parameters + tokenizer + 120 * tensors, written, len(there) + more, more * saved, free)
+    return Disk(saved, 4 * count + tokenizer + 120 * tensors, written, len(there) + more, more * saved, free)
 
 
 def advice(prepared: Prepared) -> list[str]:

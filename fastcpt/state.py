@@ -1,6 +1,7 @@
-"""A run in memory, and what of it a checkpoint holds."""
+"""A run in memory, what of it a checkpoint holds, and how it is evaluated."""
 
 import base64
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastcpt import checkpoint, guidance, lineage, metrics, pretraining
+from fastcpt import checkpoint, evaluation, guidance, lineage, metrics, pretraining, rates
+from fastcpt.averaging import Average
 from fastcpt.config import Config, to_dict, to_yaml
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -45,6 +47,7 @@ class State:
     # Steps skipped in all, and in a row until now, int64 on the device.
     skipped: Tensor
     guard: Guard
+    average: Average | None = None
     step: int = 0
     samples: int = 0
     start_losses: dict[str, float] = field(default_factory=dict)  # of each validation set, before the first step
@@ -61,12 +64,17 @@ class State:
         return self.samples * self.config.data.seq_len
 
     @property
+    def embeddings_only(self) -> bool:
+        """Whether the next step updates both embeddings alone."""
+        return self.step < self.plan.first + rates.first_steps(self.config, self.plan)
+
+    @property
     def last_step(self) -> int:
         return max(self.step, self.plan.last_step(self.config.run.stop_at))
 
 
 def named_tensors(state: State) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by name: model.*, exp_avg.*, exp_avg_sq.*, all fp32; DTensors where they are sharded."""
+    """Every tensor of a checkpoint by name: model.*, exp_avg.*, exp_avg_sq.* and ema.*; DTensors where they are sharded."""
     state.layout.reshard(state.model)
     tensors = {}
     for name, parameter in state.model.named_parameters():
@@ -74,6 +82,8 @@ def named_tensors(state: State) -> dict[str, Tensor]:
         tensors[f"model.{name}"] = parameter.detach()
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{moment}.{name}"] = state.layout.like(parameter, moments[moment])
+        if state.average:
+            tensors[f"ema.{name}"] = state.layout.like(parameter, state.average.tensors[name])
     return tensors
 
 
@@ -142,9 +152,11 @@ def load_(state: State) -> None:
     values = origin.state
     keeps_moments = origin.keeps_position or state.config.init.optimizer == "keep"
     tensors = named_tensors(state)
-    checkpoint.load_tensors_(
-        origin.path, tensors if keeps_moments else {k: v for k, v in tensors.items() if k.startswith("model.")}, world
-    )
+    keeps_average = origin.keeps_position and values["config"]["train"].get("ema") is not None
+    kept = ("model.", *(("exp_avg",) if keeps_moments else ()), *(("ema.",) if keeps_average else ()))
+    checkpoint.load_tensors_(origin.path, {k: v for k, v in tensors.items() if k.startswith(kept)}, world)
+    if state.average and not keeps_average:
+        state.average.start()
     if keeps_moments:
         state.optimizer.set_updates(values["adam_updates"])
     if origin.keeps_position:
@@ -168,6 +180,36 @@ def load_(state: State) -> None:
         torch.set_rng_state(torch.from_numpy(rng.copy()))
 
 
+def evaluate(state: State, passing: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """An evaluation line: every validation set now, and the change since the start; at the end also those of the moving
+    average of the weights, as "ema". passing: see `evaluation.evaluate`."""
+    config = state.config
+
+    def measure() -> dict[str, dict[str, Any]]:
+        state.layout.reshard(state.model)
+        return {
+            named.name: evaluation.evaluate(
+                state.model, named, config.data.seq_len, config.train.micro_batch, config.data.document_mask, state.world,
+                passing=passing,
+            )
+            for named in state.validation
+        }  # fmt: skip
+
+    results = measure()
+    at_end = state.average is not None and state.step == state.last_step
+    averaged = {"ema": state.average.swapped(measure)} if state.average and at_end else {}
+    state.layout.reshard(state.model)
+    if not state.start_losses:
+        state.start_losses = {name: entry["loss"] for name, entry in results.items()}
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "eval": results,
+        **evaluation.changes(results, state.start_losses),
+        **averaged,
+    }
+
+
 def describe(state: State) -> str:
     """The run's arithmetic, for people."""
     config, world, plan, arch = state.config, state.world, state.plan, state.model.arch
@@ -178,12 +220,14 @@ def describe(state: State) -> str:
     note = " (no bf16 instructions here)" if (train.precision, precision) == ("bf16", "float32") else ""
     where = {"scratch": "new weights", "resume": f"step {state.step}"}.get(state.origin.kind, config.init.from_)
     how = "compiled" if train.compile else "eager"
-    rates = "\n".join(guidance.preview(state.origin, plan, state.step))
+    preview = "\n".join(guidance.preview(state.origin, plan, state.step))
+    special = rates.describe(config, plan)
+    special = f"learning rate {special}\n" if special else ""
     return (
         f"{state.origin.kind}: {where}; {metrics.parameter_count(arch):,} parameters, {flops / 1e9:.3g} GFLOP a token\n"
         f"{plan.steps:,} steps of {train.batch_tokens:,} tokens: {world.size} x {micro_batches} micro-batches of up to "
         f"{train.micro_batch} x {seq_len}\n"
-        f"{rates}\n{pretraining.describe(config, state.origin, plan)}\n"
+        f"{preview}\n{special}{pretraining.describe(config, state.origin, plan)}\n"
         f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
         f"{state.layout.kind}: {state.layout.why}\n"
         f"writes to {config.run.output}"

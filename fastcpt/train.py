@@ -21,7 +21,6 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,9 +39,11 @@ from fastcpt import (
     parallel,
     pretraining,
     profiling,
+    rates,
     replicas,
 )
 from fastcpt.alarms import Alarms
+from fastcpt.averaging import Average
 from fastcpt.config import Config, parse, to_dict, to_yaml
 from fastcpt.data import batches
 from fastcpt.evaluation import NamedSet
@@ -55,7 +56,7 @@ from fastcpt.optim import AdamW
 from fastcpt.replicas import Drifted
 from fastcpt.saving import finishing
 from fastcpt.signals import Preempted
-from fastcpt.state import State, describe, load_, local_tensors, named_tensors, save
+from fastcpt.state import State, describe, evaluate, load_, local_tensors, named_tensors, save
 from fastcpt.trees import Tree, order
 from fastcpt.watch import Watch
 
@@ -93,7 +94,8 @@ def setup(config: Config) -> State:
         hf.load_weights_(model, origin.path)
     moments = torch.bfloat16 if config.optim.moments == "bf16" else torch.float32
     parts = spread.locals(model)
-    optimizer = AdamW(parts.values(), config.optim, execution.kernels, moments, elementwise=train.deterministic)
+    pieces = rates.pieces(config, model, parts)
+    optimizer = AdamW(parts.values(), config.optim, execution.kernels, moments, train.deterministic, pieces)
     if spread.sharded and spread.tree:
         optimizer.whole = lambda gradients: spread.whole(model, gradients)
     elif spread.sharded:
@@ -108,7 +110,10 @@ def setup(config: Config) -> State:
         interval=torch.zeros(len(inputs.mixture.sets), 2, dtype=torch.float64, device=world.device),
         skipped=torch.zeros(2, dtype=torch.int64, device=world.device),
         guard=Guard(world, Spikes(train.skip_spikes, world.device) if train.skip_spikes else None),
+        average=Average(parts, train.ema, train.batch_tokens) if train.ema else None,
     )  # fmt: skip
+    if state.average:
+        state.average.start()
     if origin.state is not None:
         load_(state)
     state.forward = spread.finish(model, train.compile)
@@ -170,7 +175,9 @@ def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]
     state.optimizer.veto = state.guard.veto(totals.sum(0))
     # Where gradients are averages over processes, the factor makes them sums.
     scale = (world.size if layout.averages else 1) / config.train.batch_tokens
-    norm, skipped = state.optimizer.clipped_step(state.plan.rate(state.step + 1), scale)
+    norm, skipped = state.optimizer.clipped_step(state.plan.rate(state.step + 1), scale, state.embeddings_only)
+    if state.average:
+        state.average.update()
     state.step += 1
     state.guard.record(state.step, state.samples, batch, own, skipped, losses)
     state.samples += batch
@@ -185,26 +192,6 @@ def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]
 
 def _eod(state: State) -> int:
     return next(iter(state.mixture.sets.values())).eod
-
-
-def evaluate(state: State, passing: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """An evaluation line: every validation set now, and the change since the start. passing: see `evaluation.evaluate`."""
-    config = state.config
-    results = {
-        named.name: evaluation.evaluate(
-            state.model, named, config.data.seq_len, config.train.micro_batch, config.data.document_mask, state.world,
-            passing=passing,
-        )
-        for named in state.validation
-    }  # fmt: skip
-    if not state.start_losses:
-        state.start_losses = {name: entry["loss"] for name, entry in results.items()}
-    return {
-        "step": state.step,
-        "tokens": state.tokens,
-        "eval": results,
-        **evaluation.changes(results, state.start_losses),
-    }
 
 
 @finishing()

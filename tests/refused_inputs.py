@@ -15,6 +15,7 @@ from refusals import (
     copied,
     cut,
     edit,
+    gone,
     link,
     model,
     moved,
@@ -39,6 +40,13 @@ def overlapping() -> bytes:
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     return safetensors(json.dumps({"a": entry, "b": {**entry, "data_offsets": [4, 12]}}).encode(), data=bytes(12))
 
+
+renumbered = recoded(
+    "hf/tokenizer.json",
+    lambda content: content["added_tokens"].append(
+        {**content["added_tokens"][0], "id": 639, "content": "<x>", "special": False}
+    ),
+)
 
 # fmt: off
 CASES = (
@@ -260,4 +268,28 @@ CASES = (
          both(put("parts/a-00000-of-00003.bin", bytes(2 * 2049)), put("parts/a-00002-of-00003.bin", bytes(2 * 2049)))),
     Case("eod-unknown", "another end-of-document token than the tokenizer's", f"{CONVERT} nanogpt --eod </s>",
          "text.json: no token '</s>'; name one with --eod; its special tokens: <|endoftext|>"),
+    # More tokens.
+    Case("option-missing", "extended by nothing", "extend hf --output out",
+         "extend: give --text INPUT... with --add N, or --tokenizer FILE"),
+    Case("option-out-of-range", "extended by no tokens", "extend hf --text text.jsonl --add 0 --output out",
+         "--add 0: must be 1 or more"),
+    Case("output-remote", "extended into a store", "extend hf --text text.jsonl --add 1 --output s3://b/out",
+         "s3://b/out: a URL; name a folder of this machine"),
+    Case("output-exists", "extended over a model", "extend hf --text code.jsonl --add 1 --output hf",
+         "…/hf: exists; name a new folder, or remove it"),
+    Case("tokenizer-missing", "extended a model without a tokenizer", "extend hf --text text.jsonl --add 1 --output out",
+         "hf: has no tokenizer.json; put the model's beside it",
+         gone("hf/tokenizer.json")),
+    Case("tokenizer-not-extendable", "extended a tokenizer that is not byte-level BPE", "extend hf --text text.jsonl --add 1 --output out",
+         "hf/tokenizer.json: its model has byte_fallback; only plain byte-level BPE can be extended",
+         edit("hf/tokenizer.json", '"byte_fallback": false', '"byte_fallback": true')),
+    Case("tokenizer-not-extension", "gave the tokenizer of another model", "extend hf --tokenizer code.json --output out",
+         "code.json: … has the id …, in hf/tokenizer.json …; old ids must stay"),
+    Case("tokenizer-not-extension", "gave the old tokenizer as the new one", "extend hf --tokenizer text.json --output out",
+         "text.json: it has no new token; new tokens must have the ids from … on"),
+    Case("tokenizer-renumbered", "an added token whose id is not what it says", "extend hf --text text.jsonl --add 1 --output out",
+         "hf/tokenizer.json: says '<x>' has the id …, `tokenizers` gives it …; put added tokens into model.vocab too",
+         renumbered),
+    Case("extend-too-few-pairs", "asked for more tokens than the text has pairs", "extend hf --text code.jsonl --add 99999 --output out",
+         "--add 99999: this text has only … pairs that occur twice or more; lower it, or give more text"),
 )

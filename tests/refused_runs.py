@@ -445,4 +445,8 @@ CASES = (
          "interpolate: name shard sets with --upstream, --downstream or --data NAME=DIR"),
     Case("option-out-of-range", "no number as a point of the way", "interpolate hf run --points 0,nan --data a=shards",
          "--points [0.0, nan]: give numbers such as 0 0.5 1"),
+    Case("embeddings-first-too-long", "embeddings alone to the end", f"{NEW} --optim.embeddings_first 4",
+         "optim.embeddings_first is 4 steps, but the run has 4; shorten it"),
+    Case("new-rows-missing", "a rate of new rows that there are not", f"{NEW} --optim.new_rows_lr 5",
+         "optim.new_rows_lr is 5.0, but the model has no new rows; `fastcpt extend` makes them, or remove the setting"),
 )

@@ -13,7 +13,7 @@ import yaml
 
 from fastcpt import __version__, cli
 
-COMMANDS = ["prep", "convert", "inspect", "verify", "plan", "train", "eval", "export", "merge", "interpolate", "report",
+COMMANDS = ["prep", "convert", "inspect", "verify", "plan", "train", "eval", "export", "merge", "interpolate", "extend", "report",
             "bench", "demo"]  # fmt: skip
 
 

@@ -215,6 +215,9 @@ OVERRIDES: dict[str, tuple[str, Any]] = {
     "run.profile": ("50", 50),
     "run.stop_at": ("9", 9),
     "train.skip_spikes": ("6", 6.0),
+    "train.ema": ("2M", 2_000_000),
+    "optim.embeddings_first": ("0.1", 0.1),
+    "optim.new_rows_lr": ("5", 5.0),
 }
 
 
@@ -361,6 +364,8 @@ BRANCH = {"from_": "runs/a", "branch": True}
         ({"run": {"check_every": -1}}, "run.check_every is -1"),
         ({"run": {"profile": -1}}, "run.profile is -1"),
         ({"train": {"skip_spikes": -1.0}}, "train.skip_spikes -1.0 must be a number from 0 on"),
+        ({"optim": {"lr": 1.0, "embeddings_first": 1.5}}, "optim.embeddings_first 1.5 is neither a fraction below 1"),
+        ({"optim": {"lr": 1.0, "new_rows_lr": -1.0}}, "optim.new_rows_lr -1.0 is not a number from 0 on"),
         ({"run": {"eval_tokens": Count(0)}}, "run.eval_tokens is 0"),
         ({"train": {"batch_tokens": Count(17)}}, "train.batch_tokens 17 is not a multiple of data.seq_len 16"),
         ({"train": {"batch_tokens": Count(8)}}, "train.batch_tokens 8 is not a multiple"),
@@ -419,8 +424,9 @@ data.phases data.phases[].tokens data.phases[].until_lr data.phases[].weights da
 data.val data.val[].name data.val[].path data.val[].role
 data.seq_len data.document_mask data.reader
 train.tokens train.batch_tokens train.micro_batch train.seed train.parallel train.deterministic train.recompute train.compile
-train.precision train.kernels train.loss train.attention train.skip_spikes
-optim.lr optim.betas optim.eps optim.weight_decay optim.clip optim.moments
+train.precision train.kernels train.loss train.attention train.skip_spikes train.ema
+optim.lr optim.betas optim.eps optim.weight_decay optim.clip optim.moments optim.embeddings_first
+optim.new_rows_lr
 schedule.kind schedule.warmup schedule.cooldown schedule.decay schedule.min_lr_ratio
 run.output run.log_every run.eval_every run.eval_tokens run.save_every run.keep run.keep_every run.tensorboard run.wandb
 run.timeout run.check_every run.stop_at run.profile
@@ -430,7 +436,7 @@ run.timeout run.check_every run.stop_at run.profile
 def test_the_list_of_settings_is_what_was_agreed() -> None:
     assert [name for name, _ in fields()] == NAMES.split()
     # A list of sources is no setting, its fields are.
-    assert len([name for name in NAMES.split() if f"{name}[]" not in NAMES]) <= 65
+    assert len([name for name in NAMES.split() if f"{name}[]" not in NAMES]) <= 68
 
 
 def test_attention_has_the_names_of_its_backends() -> None:
