@@ -65,8 +65,8 @@ class Source:
     """A shard set."""
     weight: float | None = None
     """Its share of the samples; weights are relative to their sum. Phases may say theirs instead."""
-    replay: bool = False
-    """It is what the model was trained on before, mixed in against forgetting."""
+    replay: Literal["in_order"] | bool = False
+    """It is what the model has read before, mixed in against forgetting; in_order: as it was read then, not shuffled anew."""
 
 
 Kind = Literal[

@@ -31,6 +31,7 @@ from fastcpt import (
     metrics,
     pretraining,
     published,
+    replay,
     shift,
     spending,
 )
@@ -264,6 +265,9 @@ def _data(prepared: Prepared) -> list[str]:
     shown = spending.table(uses(prepared), seq_len)
     if len(phases) > 1:
         shown += ["", *spending.by_phase(phases, prepared.step, prepared.samples, given, batch // seq_len, seq_len)]
+    if again := replay.notes(prepared.mixture, prepared.samples):
+        shown += ["", *(_fold("replay", note) for note in again)]
+        shown.append(_fold("", "its tokens are among those of the run: new text is as many fewer (compute-equivalent)"))
     return shown
 
 

@@ -45,7 +45,7 @@ def same_sizes(origin: Origin) -> str | None:
 def of(origin: Origin, plan: Plan) -> Pretraining:
     """plan: the run's own, which is the pre-training where it starts from scratch."""
     if origin.kind == "scratch":
-        return Pretraining(plan.peak, "AdamW", "from scratch by fastcpt")
+        return Pretraining(plan.highest, "AdamW", "from scratch by fastcpt")
     if origin.state is not None:
         if kept := origin.state["history"].get("pretraining"):
             return Pretraining(**kept)
@@ -60,7 +60,7 @@ def history(origin: Origin, plan: Plan, content: dict[str, dict[str, str]]) -> d
     """What a checkpoint of this run says of all that its model has seen. content: see `lineage.Inputs`."""
     known = history_of(origin)
     seen = sorted({*known["seen"], *content["train"].values()})
-    return {"complete": known["complete"], "seen": seen, "pretraining": asdict(of(origin, plan))}
+    return known | {"seen": seen, "pretraining": asdict(of(origin, plan))}
 
 
 def fresh_moments(config: Config, origin: Origin) -> bool:

@@ -14,7 +14,7 @@ WIDTH = 100  # columns
 @dataclass(frozen=True)
 class Use:
     """What a run takes from one source. tokens, windows: in the set; share: of the run's samples; epochs: passes over
-    the set until the run's end, those before its start included when it keeps the data position."""
+    the set, or over what is replayed of it, until the run's end, those before its start included when it goes on there."""
 
     name: str
     tokens: int
@@ -42,9 +42,10 @@ def uses(mixture: Mixture, samples: int, given: int) -> list[Use]:
     before, after = mixture.seen(samples), mixture.seen(samples + given)
     rows = []
     for source in {source.name: source for _, phase in phases(mixture, samples) for source in phase.sources}.values():
-        shards, end = mixture.sets[source.name], after[source.fingerprint]
-        taken, windows = end - before.get(source.fingerprint, 0), shards.num_windows(mixture.seq_len)
-        rows.append(Use(source.name, len(shards), windows, taken, taken / max(1, given), end / windows))
+        shards, end = mixture.sets[source.name], after[source.key]
+        taken, windows = end - before.get(source.key, 0), shards.num_windows(mixture.seq_len)
+        epochs = end / source.epoch(windows)
+        rows.append(Use(source.name, len(shards), windows, taken, taken / max(1, given), epochs))
     return rows
 
 

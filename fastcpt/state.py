@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastcpt import checkpoint, guidance, lineage, metrics, pretraining
+from fastcpt import checkpoint, guidance, lineage, metrics, pretraining, replay
 from fastcpt.config import Config, to_dict, to_yaml
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -186,5 +186,6 @@ def describe(state: State) -> str:
         f"{rates}\n{pretraining.describe(config, state.origin, plan)}\n"
         f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
         f"{state.layout.kind}: {state.layout.why}\n"
+        f"{''.join(f'replay: {note}{chr(10)}' for note in replay.notes(state.mixture, state.samples))}"
         f"writes to {config.run.output}"
     )
