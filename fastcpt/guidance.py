@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fastcpt import checkpoint, lineage, metrics, pretraining, shift
+from fastcpt import checkpoint, lineage, metrics, pretraining, shift, spending
 from fastcpt.config import Config
 from fastcpt.data import Mixture
 from fastcpt.evaluation import NamedSet
@@ -196,11 +196,8 @@ def _large(start: Start) -> str:
 def _epochs(start: Start) -> list[str]:
     config, mixture = start.config, start.mixture
     before = start.origin.state["data"]["samples"] if start.origin.keeps_position and start.origin.state else 0
-    seen = mixture.seen(before + start.plan.steps * config.train.batch_tokens // config.data.seq_len)
-    epochs = {
-        name: seen.get(shards.fingerprint, 0) / shards.num_windows(config.data.seq_len)
-        for name, shards in mixture.sets.items()
-    }
+    given = start.plan.steps * config.train.batch_tokens // config.data.seq_len
+    epochs = {use.name: use.epochs for use in spending.uses(mixture, before, given)}
     few, many = "up to about 4 epochs cost little", "beyond 4 epochs it is worth little; take more text or less weight"
     found = []
     for low, high, what in ((1, 4, few), (4, math.inf, many)):

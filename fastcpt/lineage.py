@@ -204,7 +204,7 @@ def make_phases(config: Config, origin: Origin, sets: dict[str, ShardSet]) -> li
         first, weights = begin + (span.first - plan.first) * batch, parts_per_million(list(span.weights.values()))
         start = taken(phases, first)
         known = replay.remembered(read, phases, first, data.seq_len, seed)
-        sources = []
+        sources: list[PhaseSource] = []
         for source in data.train:
             content, windows = now[source.name], sets[source.name].num_windows(data.seq_len)
             again, done = None, start.get(content, 0)
@@ -288,6 +288,15 @@ def check_ids(sets: Sequence[ShardSet], vocab_size: int) -> None:
             )
 
 
+def check_batch(config: Config, processes: int) -> None:
+    batch = config.train.batch_tokens // config.data.seq_len
+    if batch < processes:
+        raise UserError(
+            "batch-below-processes",
+            f"train.batch_tokens is {batch} sequences, fewer than {processes} processes; raise it",
+        )
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a run is made of before there is a model. content: {"train" | "val": {name: fingerprint}}."""
@@ -301,12 +310,8 @@ class Inputs:
 
 def prepare(config: Config, world: World, processes: int) -> Inputs:
     """Opens the data, finds the origin, and refuses what cannot or should not be run: the start of `train` and `plan`."""
-    data, batch = config.data, config.train.batch_tokens // config.data.seq_len
-    if batch < processes:
-        raise UserError(
-            "batch-below-processes",
-            f"train.batch_tokens is {batch} sequences, fewer than {processes} processes; raise it",
-        )
+    data = config.data
+    check_batch(config, processes)
     sets = {source.name: ShardSet(source.path, data.reader) for source in data.train}
     val_sets = {entry.name: ShardSet(entry.path, data.reader) for entry in data.val}
     origin = find_origin(config, world)

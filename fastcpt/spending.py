@@ -49,13 +49,15 @@ def uses(mixture: Mixture, samples: int, given: int) -> list[Use]:
     return rows
 
 
-def table(uses: Sequence[Use], seq_len: int) -> list[str]:
+def table(uses: Sequence[Use], seq_len: int, known: bool = True) -> list[str]:
+    """known: whether the sets were opened; else what depends on their sizes is left out."""
     rows = sorted(uses, key=lambda use: -use.share)
     shown = [f"{'source':<20} {'set':>9} {'windows':>13} {'share':>8} {'samples':>13} {'tokens':>9} {'epochs':>9}"]
     for use in rows[:12]:
         tokens = short_count(use.samples * seq_len)
-        head = f"{use.name[:20]:<20} {short_count(use.tokens):>9} {use.windows:>13,} {use.share:>8.3%}"
-        shown.append(f"{head} {use.samples:>13,} {tokens:>9} {use.epochs:>9.2f}")
+        size = (short_count(use.tokens), f"{use.windows:,}", f"{use.epochs:.2f}") if known else ("?", "?", "?")
+        head = f"{use.name[:20]:<20} {size[0]:>9} {size[1]:>13} {use.share:>8.3%}"
+        shown.append(f"{head} {use.samples:>13,} {tokens:>9} {size[2]:>9}")
     rest = f"and {len(rows) - 12} more with {sum(use.share for use in rows[12:]):.3%} of the samples"
     return [*shown, rest] if len(rows) > 12 else shown
 

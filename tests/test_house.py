@@ -193,7 +193,8 @@ def test_the_wheel_has_one_top_level(tmp_path: Path) -> None:
         for folder, package in ROOMS.items()
         for path in (ROOT / folder).glob("*.py")
     }
-    assert expected | {"fastcpt/py.typed"} <= set(names)
+    presets = {f"fastcpt/presets/{path.name}" for path in (ROOT / "fastcpt" / "presets").glob("*.yaml")}
+    assert len(presets) == 8 and expected | presets | {"fastcpt/py.typed"} <= set(names)
 
 
 def _copy(target: Path) -> Path:
