@@ -65,8 +65,8 @@ class Source:
     """A shard set."""
     weight: float | None = None
     """Its share of the samples; weights are relative to their sum. Phases may say theirs instead."""
-    replay: bool = False
-    """It is what the model was trained on before, mixed in against forgetting."""
+    replay: Literal["in_order"] | bool = False
+    """It is what the model has read before, mixed in against forgetting; in_order: as it was read then, not shuffled anew."""
 
 
 Kind = Literal[
@@ -366,9 +366,11 @@ def parse(arguments: Sequence[str]) -> Config:
     arguments = [re.sub(r"^--init\.from(?=$|=)", "--init.from_", each) for each in arguments]
     arguments = [part for each in arguments for part in each.split("=", 1 if each.startswith("--config=") else 0)]
     arguments = [each for each in arguments if each != "--print_config"]
-    files = [arguments[index + 1] for index, argument in enumerate(arguments[:-1]) if argument == "--config"]
-    for file in files:
-        yaml_files.check(file, SECTIONS)
+    files = []
+    for index in [index + 1 for index, argument in enumerate(arguments[:-1]) if argument == "--config"]:
+        arguments[index] = yaml_files.find(arguments[index])
+        yaml_files.check(arguments[index], SECTIONS)
+        files.append(arguments[index])
     try:
         values = without_imports(lambda: parser.instantiate(parser.parse_args(arguments)))
     except jsonargparse.ArgumentError as error:

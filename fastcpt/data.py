@@ -8,13 +8,11 @@ O(sources) without an index and whatever the world size, the micro-batch or the 
    within one sample of its exact share at every moment; with any number, within two (1.25 is the worst found).
 2. The source's k-th sample is window P_e(k mod W) of its W windows, e = k div W. P_e is a keyed pseudo-random
    permutation of [0, W), one for each epoch: nothing repeats within an epoch.
-
-The permutation is a balanced Feistel network over the smallest even number of bits that covers W, with cycle-walking
-(Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+3. A source that replays what an earlier run read of its set, the first n positions of that run's P_0, gives P_0(k mod n), or
+   P_0(Q_e(k mod n)) with a permutation Q_e of [0, n): only windows that were read, each once an epoch.
 """
 
 import bisect
-import hashlib
 import heapq
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,79 +24,12 @@ from typing import Any
 import numpy as np
 
 from fastcpt import UserError
+from fastcpt.permutation import FEW, Permutation
 from fastcpt.shards import ShardSet, joined
 
 MILLION = 1_000_000
-ROUNDS = 8
-MASK_64 = 2**64 - 1
-FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-# As arrays of no dimension, which numpy uses sooner than its scalars.
-MIX = [(np.array(shift, np.uint64), np.array(factor, np.uint64)) for shift, factor in zip((30, 27), FACTORS)]
-LAST_SHIFT = np.array(31, np.uint64)
-FEW = 8  # up to so many values plain integers are faster than numpy
 PLACED = 8192  # samples whose places are computed at once: numpy takes ten times as long for them as for ten
 AHEAD = 2  # batches that wait for the loop, so that a slow one is no gap
-
-
-def _mix(values: np.ndarray) -> None:
-    """The finaliser of SplitMix64, in place: every output bit depends on every input bit. (n,) uint64."""
-    for shift, factor in MIX:
-        values ^= values >> shift
-        values *= factor
-    values ^= values >> LAST_SHIFT
-
-
-class Permutation:
-    """A pseudo-random permutation of [0, size), the same for the same key on every machine, in O(1) memory."""
-
-    def __init__(self, size: int, key: Sequence[Any]) -> None:
-        assert 0 < size < 2**62
-        self.size = size
-        self.half = max(1, -(-(size - 1).bit_length() // 2))
-        self.mask = (1 << self.half) - 1
-        digest = hashlib.shake_256(repr(tuple(key)).encode()).digest(8 * ROUNDS)
-        self.keys = np.frombuffer(digest, "<u8").tolist()
-        self._arrays = [np.array(value, np.uint64) for value in (self.half, self.mask, *self.keys)]
-
-    def __call__(self, indexes: np.ndarray) -> np.ndarray:
-        """indexes (n,) in [0, size) -> (n,) uint64, each of [0, size)."""
-        values = self._network(np.asarray(indexes, np.uint64))
-        while len(outside := np.flatnonzero(values >= self.size)) > FEW:
-            values[outside] = self._network(values[outside])
-        for place in outside.tolist():
-            values[place] = self._walk(int(values[place]))
-        return values
-
-    def one(self, index: int) -> int:
-        """The image of one index, in plain integers."""
-        return self._walk(self._step(index))
-
-    def _walk(self, value: int) -> int:
-        while value >= self.size:
-            value = self._step(value)
-        return value
-
-    def _step(self, value: int) -> int:
-        """`_network` of one value."""
-        left, right = value >> self.half, value & self.mask
-        for key in self.keys:
-            mixed = right ^ key
-            mixed = (mixed ^ mixed >> 30) * FACTORS[0] & MASK_64
-            mixed = (mixed ^ mixed >> 27) * FACTORS[1] & MASK_64
-            left, right = right, left ^ (mixed ^ mixed >> 31) & self.mask
-        return left << self.half | right
-
-    def _network(self, values: np.ndarray) -> np.ndarray:
-        """(n,) uint64 of the network's domain -> (n,) uint64 of it."""
-        half, mask, *keys = self._arrays
-        left, right = values >> half, values & mask
-        for key in keys:
-            mixed = right ^ key
-            _mix(mixed)
-            mixed &= mask
-            mixed ^= left
-            left, right = right, mixed
-        return (left << half) | right
 
 
 class Quotas:
@@ -160,6 +91,16 @@ class Quotas:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Windows that are read again: the first `pool` of the first epoch of the order of `seed`, None: of that in which they
+    are stored. shuffle: the seed of a new order of them, another in each epoch; None: in the order of then."""
+
+    pool: int
+    seed: int | None
+    shuffle: int | None
+
+
+@dataclass(frozen=True)
 class PhaseSource:
     """A source within a phase. weight in parts per million; start: samples it gave before the phase."""
 
@@ -167,6 +108,21 @@ class PhaseSource:
     fingerprint: str
     weight: int
     start: int
+    replay: Replay | None = None
+
+    @property
+    def key(self) -> str:
+        """What its samples are counted under: its content, and apart from new text what it replays."""
+        again = self.replay
+        return self.fingerprint if again is None else f"{self.fingerprint} {again.pool} {again.seed} {again.shuffle}"
+
+    def epoch(self, windows: int) -> int:
+        """Samples until one is read again, of a set of so many windows."""
+        return windows if self.replay is None else self.replay.pool
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "PhaseSource":
+        return cls(**value | {"replay": Replay(**value["replay"]) if value.get("replay") else None})
 
 
 @dataclass(frozen=True)
@@ -178,7 +134,7 @@ class Phase:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "Phase":
-        return cls(value["first"], tuple(PhaseSource(**source) for source in value["sources"]))
+        return cls(value["first"], tuple(PhaseSource.from_dict(source) for source in value["sources"]))
 
 
 def parts_per_million(weights: Sequence[float]) -> list[int]:
@@ -198,13 +154,13 @@ def parts_per_million(weights: Sequence[float]) -> list[int]:
 
 
 def taken(phases: Sequence[Phase], samples: int) -> dict[str, int]:
-    """Samples that each source, by fingerprint, has given before sample number `samples`."""
+    """Samples that each source, by its key, has given before sample number `samples`."""
     seen: dict[str, int] = {}
     ends = [phase.first for phase in phases[1:]] + [samples]
     for phase, end in zip(phases, ends):
         if phase.first <= samples:
             counts = Quotas([source.weight for source in phase.sources]).counts(min(end, samples) - phase.first)
-            seen |= {source.fingerprint: source.start + count for source, count in zip(phase.sources, counts)}
+            seen |= {source.key: source.start + count for source, count in zip(phase.sources, counts)}
     return seen
 
 
@@ -218,7 +174,7 @@ class Mixture:
         self.sets, self.phases, self.seq_len, self.seed = sets, list(phases), seq_len, seed
         assert self.phases and self.phases[0].first == 0
         self._quotas = [Quotas([source.weight for source in phase.sources]) for phase in self.phases]
-        self._permutations: dict[tuple[str, int], Permutation] = {}
+        self._permutations: dict[tuple[Any, ...], Permutation] = {}
         self._firsts = [phase.first for phase in self.phases]
         self._placed = lru_cache(8)(self._place)  # the thread that reads is ahead of the one that trains
         self._last = -PLACED  # where the last request started
@@ -250,18 +206,23 @@ class Mixture:
         if count <= FEW:
             for place in range(count):
                 branch, index = quotas.one(start + place)
-                epoch, position = divmod(sources[branch].start + index, sizes[branch])
-                numbers[place] = names.index(sources[branch].name)
-                windows[place] = self._permutation(sources[branch], epoch, sizes[branch]).one(position)
+                source, size = sources[branch], sizes[branch]
+                epoch, position = divmod(source.start + index, source.epoch(size))
+                for permutation in self._order(source, epoch, size):
+                    position = permutation.one(position)
+                numbers[place], windows[place] = names.index(source.name), position
             return numbers, windows
         branches, indexes = quotas.locate(np.arange(start, start + count))
         for branch, (source, size) in enumerate(zip(sources, sizes)):
             own = np.flatnonzero(branches == branch)
             numbers[own] = names.index(source.name)
-            epochs, positions = np.divmod(source.start + indexes[own], size)
+            epochs, positions = np.divmod(source.start + indexes[own], source.epoch(size))
             for epoch in set(epochs.tolist()):
                 now = epochs == epoch
-                windows[own[now]] = self._permutation(source, epoch, size)(positions[now])
+                part = positions[now]
+                for permutation in self._order(source, epoch, size):
+                    part = permutation(part)
+                windows[own[now]] = part
         return numbers, windows
 
     def _places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -295,12 +256,20 @@ class Mixture:
         """Samples [first, first + count) -> (count,) int64, the place of each one's source in `sets`."""
         return self._places(first, count)[0].copy()
 
-    def _permutation(self, source: PhaseSource, epoch: int, size: int) -> Permutation:
+    def _order(self, source: PhaseSource, epoch: int, size: int) -> list[Permutation]:
+        """The permutations that lead, one after another, from a position in an epoch to a window."""
         # Keyed by content, not by name or place: a renamed source goes on where it was.
-        key = (source.fingerprint, epoch)
-        if key not in self._permutations:
-            self._permutations[key] = Permutation(size, (self.seed, self.seq_len, *key))
-        return self._permutations[key]
+        content, again = source.fingerprint, source.replay
+        if again is None:
+            return [self._permutation(size, self.seed, self.seq_len, content, epoch)]
+        new = [] if again.shuffle is None else [(again.pool, again.shuffle, self.seq_len, "replay", content, epoch)]
+        then = [] if again.seed is None else [(size, again.seed, self.seq_len, content, 0)]
+        return [self._permutation(*key) for key in new + then]
+
+    def _permutation(self, size: int, *key: Any) -> Permutation:
+        if (size, *key) not in self._permutations:
+            self._permutations[size, *key] = Permutation(size, key)
+        return self._permutations[size, *key]
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """Samples [first, first + count) -> tokens (count, seq_len + 1), uint16 or int32."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcpt import UserError, __version__, checkpoint, hf
-from fastcpt.data import MILLION
+from fastcpt.data import MILLION, PhaseSource
 from fastcpt.metrics import parameter_count
 from fastcpt.model import Architecture
 from fastcpt.progress import short_count
@@ -307,14 +307,14 @@ def _data(state: dict[str, Any]) -> str:
     rows, listed = [], set()
     for phase in reversed(phases):
         for source in phase["sources"]:
-            if source["fingerprint"] in listed:
+            if (key := PhaseSource.from_dict(source).key) in listed:
                 continue
-            listed.add(source["fingerprint"])
+            listed.add(key)
             last = phase is phases[-1]
             rows.append((
                 _text(source["name"]),
                 f"{source['weight'] / MILLION:.4%}".replace(".0000%", "%") if last else "no longer",
-                f"{data['seen'].get(source['fingerprint'], 0) * seq_len:,}",
+                f"{data['seen'].get(key, 0) * seq_len:,}",
                 replay[source["name"]] if last else UNKNOWN,
                 f"`{_short(source['fingerprint'])}`",
             ))  # fmt: skip

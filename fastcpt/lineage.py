@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastcpt import UserError, checkpoint, hf, rates
+from fastcpt import UserError, checkpoint, hf, rates, replay
 from fastcpt.config import Config, to_dict
 from fastcpt.data import Mixture, Phase, PhaseSource, parts_per_million, taken
 from fastcpt.model import Architecture, resolve_architecture
@@ -33,9 +33,9 @@ NOT_FREE = ("run.eval_tokens",)
 
 
 # What of a checkpoint's `state.json` a run needs: to start from its weights, and to keep its position.
-FOR_WEIGHTS = ("architecture", "eod_token", "history", "lr", "adam_updates")
+FOR_WEIGHTS = ("architecture", "eod_token", "history", "lr", "adam_updates", "data")
 FOR_POSITION = (
-    *FOR_WEIGHTS, "step", "tokens", "plan", "data", "start_losses", "unevaluated", "interval", "skipped", "spikes", "rng",
+    *FOR_WEIGHTS, "step", "tokens", "plan", "start_losses", "unevaluated", "interval", "skipped", "spikes", "rng",
     "config",
 )  # fmt: skip
 
@@ -193,29 +193,47 @@ def make_phases(config: Config, origin: Origin, sets: dict[str, ShardSet]) -> li
             return phases
         begin = origin.state["data"]["samples"]
         phases = [phase for phase in phases if phase.first < begin]
-    now, batch = fingerprints(config.data.train, sets), config.train.batch_tokens // config.data.seq_len
+    data, seed = config.data, config.train.seed
+    now, batch, read = (
+        fingerprints(data.train, sets),
+        config.train.batch_tokens // data.seq_len,
+        history_of(origin)["read"],
+    )
     plan, spans = _outline(config, origin)
     for span in spans:
         first, weights = begin + (span.first - plan.first) * batch, parts_per_million(list(span.weights.values()))
         start = taken(phases, first)
-        sources = tuple(
-            PhaseSource(name, now[name], weight, start.get(now[name], 0)) for name, weight in zip(span.weights, weights)
-        )
-        shares = [(source.fingerprint, source.weight) for source in sources]
-        if phases and shares == [(source.fingerprint, source.weight) for source in phases[-1].sources]:
+        known = replay.remembered(read, phases, first, data.seq_len, seed)
+        sources: list[PhaseSource] = []
+        for source in data.train:
+            content, windows = now[source.name], sets[source.name].num_windows(data.seq_len)
+            again, done = None, start.get(content, 0)
+            if source.replay:
+                again, done = replay.of(source, content, windows, known, data.seq_len, seed)
+            if source.name in span.weights:
+                sources.append(PhaseSource(source.name, content, weights[len(sources)], done, again))
+        shares = [(source.key, source.weight) for source in sources]
+        if phases and shares == [(source.key, source.weight) for source in phases[-1].sources]:
             # The same mixture, perhaps under other names: names are how the sets are found.
             renamed = tuple(replace(old, name=new.name) for old, new in zip(phases[-1].sources, sources))
             phases[-1] = replace(phases[-1], sources=renamed)
         else:
-            phases.append(Phase(first, sources))
+            phases.append(Phase(first, tuple(sources)))
     return phases
 
 
 def history_of(origin: Origin) -> dict[str, Any]:
-    """{"complete": whether all that the model has seen is known, "seen": fingerprints}, before this run."""
-    if origin.state is not None:
-        return origin.state["history"]
-    return {"complete": origin.kind == "scratch", "seen": []}
+    """Before this run, and those whose position it keeps: {"complete": whether all that the model has seen is known,
+    "seen": fingerprints, "read": how much of each, see `replay.Read`}."""
+    if origin.state is None:
+        return {"complete": origin.kind == "scratch", "seen": [], "read": {}}
+    history = origin.state["history"]
+    read = history.get("read", {})
+    if not origin.keeps_position:
+        data = origin.state["data"]
+        phases = [Phase.from_dict(phase) for phase in data["phases"]]
+        read = replay.remembered(read, phases, data["samples"], data["seq_len"], data["seed"])
+    return history | {"read": read}
 
 
 def check_rewarm(config: Config, origin: Origin, plan: Plan, sets: dict[str, ShardSet]) -> None:
@@ -270,6 +288,15 @@ def check_ids(sets: Sequence[ShardSet], vocab_size: int) -> None:
             )
 
 
+def check_batch(config: Config, processes: int) -> None:
+    batch = config.train.batch_tokens // config.data.seq_len
+    if batch < processes:
+        raise UserError(
+            "batch-below-processes",
+            f"train.batch_tokens is {batch} sequences, fewer than {processes} processes; raise it",
+        )
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a run is made of before there is a model. content: {"train" | "val": {name: fingerprint}}."""
@@ -283,12 +310,8 @@ class Inputs:
 
 def prepare(config: Config, world: World, processes: int) -> Inputs:
     """Opens the data, finds the origin, and refuses what cannot or should not be run: the start of `train` and `plan`."""
-    data, batch = config.data, config.train.batch_tokens // config.data.seq_len
-    if batch < processes:
-        raise UserError(
-            "batch-below-processes",
-            f"train.batch_tokens is {batch} sequences, fewer than {processes} processes; raise it",
-        )
+    data = config.data
+    check_batch(config, processes)
     sets = {source.name: ShardSet(source.path, data.reader) for source in data.train}
     val_sets = {entry.name: ShardSet(entry.path, data.reader) for entry in data.val}
     origin = find_origin(config, world)

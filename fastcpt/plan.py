@@ -1,7 +1,8 @@
 """What a run will cost, before it starts: work, data, memory, disk, evaluation, the learning rate, and advice.
 
     fastcpt plan --config FILE [--gpus N] [--per-machine M] [--memory GIB] [--gpu NAME [--price P]]
-                 [--priority new|balanced|old] [--budget TOKENS] [--shift] [--section.field VALUE ...]
+                 [--priority new|balanced|old] [--budget TOKENS] [--shift] [--without-data]
+                 [--section.field VALUE ...]
     fastcpt plan --table            every Pythia on 1, 8, 64 and 512 of each GPU
 
 Formulas alone: no weight is read, no model is built (but for --shift, which evaluates the start), nothing is written.
@@ -31,8 +32,10 @@ from fastcpt import (
     metrics,
     pretraining,
     published,
+    replay,
     shift,
     spending,
+    unread,
 )
 from fastcpt.config import Config, Count, parse
 from fastcpt.data import Mixture
@@ -70,6 +73,7 @@ class Prepared:
     price: float | None = None
     micro_batch: str = ""
     asked: guidance.Asked = field(default_factory=guidance.Asked)
+    without_data: bool = False
 
     @property
     def last_step(self) -> int:
@@ -104,10 +108,10 @@ class Prepared:
         return (self.last_step - self.step) * self.config.train.batch_tokens
 
 
-def prepare(config: Config, processes: int, **hardware: Any) -> Prepared:
+def prepare(config: Config, processes: int, without_data: bool = False, **hardware: Any) -> Prepared:
     """The steps of `train.setup` up to the model, in its order. Raises the UserError that it would raise.
 
-    hardware: the fields of `Prepared` from `machine` on."""
+    without_data: neither the sets nor the start are opened. hardware: the fields of `Prepared` from `machine` on."""
     data, train = config.data, config.train
     if processes == 1 and train.parallel not in ("auto", "single"):
         raise UserError(
@@ -116,19 +120,24 @@ def prepare(config: Config, processes: int, **hardware: Any) -> Prepared:
         )
     if processes > 1 and train.parallel == "single":
         raise UserError("parallel-single", f"train.parallel is single, but there are {processes} processes; use auto")
-    inputs = lineage.prepare(config, World(0, 1, torch.device("cpu")), processes)
+    if without_data:
+        lineage.check_batch(config, processes)
+        inputs, validation = unread.inputs(config), unread.validation(config)
+    else:
+        inputs = lineage.prepare(config, World(0, 1, torch.device("cpu")), processes)
+        if inputs.origin.kind == "pretrained" and inputs.origin.path is not None:
+            hf.headers(inputs.origin.path)
+        fixed = data.seq_len, config.run.eval_tokens
+        validation = [NamedSet.open(entry.name, entry.role, inputs.val_sets[entry.name], *fixed) for entry in data.val]
     origin = inputs.origin
-    if origin.kind == "pretrained" and origin.path is not None:
-        hf.headers(origin.path)
-    fixed = data.seq_len, config.run.eval_tokens
-    validation = [NamedSet.open(entry.name, entry.role, inputs.val_sets[entry.name], *fixed) for entry in data.val]
     step, samples = (
         (origin.state["step"], origin.state["data"]["samples"]) if origin.state and origin.keeps_position else (0, 0)
     )
     share = -(-train.batch_tokens // data.seq_len // processes)
     prepared = Prepared(
-        config, processes, origin, inputs.plan, inputs.mixture, validation, step, samples, share, **hardware
-    )
+        config, processes, origin, inputs.plan, inputs.mixture, validation, step, samples, share,
+        without_data=without_data, **hardware,
+    )  # fmt: skip
     config, note = layout.with_micro_batch(
         config, origin.arch, prepared.world, min(processes, prepared.machine), prepared.device_bytes
     )
@@ -185,7 +194,8 @@ def disk(prepared: Prepared) -> Disk:
     """12 bytes a parameter (weights and two moments, fp32; 16 with train.ema), 4 for an export; tokenizer, names and hashes."""
     run, arch, step, last = prepared.config.run, prepared.origin.arch, prepared.step, prepared.last_step
     count, tensors, copies = metrics.parameter_count(arch), 12 * arch.layers + 4, 3 + bool(prepared.config.train.ema)
-    tokenizer = (next(iter(prepared.mixture.sets.values())).path / "tokenizer.json").stat().st_size
+    first_set = next(iter(prepared.mixture.sets.values()))
+    tokenizer = 0 if prepared.without_data else (first_set.path / "tokenizer.json").stat().st_size
     # Beside the tensors, as measured: 190 bytes of header for one, 22 of hash for 1 MiB, 12 KB of state.
     saved = copies * (int(4 * count * (1 + 22 / 2**20)) + 190 * tensors) + 12_000 + tokenizer
     written = multiples(step, last - 1, run.save_every) + 1 if last > step else 0
@@ -260,9 +270,14 @@ def _work(prepared: Prepared) -> list[str]:
 def _data(prepared: Prepared) -> list[str]:
     seq_len, batch = prepared.config.data.seq_len, prepared.config.train.batch_tokens
     given, phases = prepared.tokens // seq_len, spending.phases(prepared.mixture, prepared.samples)
-    shown = spending.table(uses(prepared), seq_len)
+    shown = spending.table(uses(prepared), seq_len, known=not prepared.without_data)
     if len(phases) > 1:
         shown += ["", *spending.by_phase(phases, prepared.step, prepared.samples, given, batch // seq_len, seq_len)]
+    if prepared.without_data:
+        shown += ["", _fold("without data", f"not known: {unread.MISSING}")]
+    elif again := replay.notes(prepared.mixture, prepared.samples):
+        shown += ["", *(_fold("replay", note) for note in again)]
+        shown.append(_fold("", "its tokens are among those of the run: new text is as many fewer (compute-equivalent)"))
     return shown
 
 
@@ -334,6 +349,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--budget", type=Count.parse)
     parser.add_argument("--shift", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--without-data", action="store_true")
     try:
         known, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -358,8 +374,9 @@ def main(arguments: list[str]) -> int:
             "price-invalid", f"--price {known.price!r}: write the price of a GPU-hour, a number above 0, and --gpu NAME"
         )
     room = int(cost.DEVICES[known.gpu].memory) if known.gpu else MEMORY_GIB << 30
+    config = parse(rest)
     prepared = prepare(
-        parse(rest), int(known.gpus), machine=int(known.per_machine), gpu=known.gpu, price=price,
+        config, int(known.gpus), known.without_data or unread.is_preset(rest, config), machine=int(known.per_machine), gpu=known.gpu, price=price,
         device_bytes=int(known.memory) << 30 if known.memory else room,
     )  # fmt: skip
     measured = shift.measured(prepared.config, prepared.origin) if known.shift else None

@@ -64,7 +64,7 @@ def history(origin: "Origin", plan: "Plan", content: dict[str, dict[str, str]]) 
 
     known = history_of(origin)
     seen = sorted({*known["seen"], *content["train"].values()})
-    return {"complete": known["complete"], "seen": seen, "pretraining": asdict(of(origin, plan))}
+    return known | {"seen": seen, "pretraining": asdict(of(origin, plan))}
 
 
 def fresh_moments(config: "Config", origin: "Origin") -> bool:

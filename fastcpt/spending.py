@@ -14,7 +14,7 @@ WIDTH = 100  # columns
 @dataclass(frozen=True)
 class Use:
     """What a run takes from one source. tokens, windows: in the set; share: of the run's samples; epochs: passes over
-    the set until the run's end, those before its start included when it keeps the data position."""
+    the set, or over what is replayed of it, until the run's end, those before its start included when it goes on there."""
 
     name: str
     tokens: int
@@ -42,19 +42,22 @@ def uses(mixture: Mixture, samples: int, given: int) -> list[Use]:
     before, after = mixture.seen(samples), mixture.seen(samples + given)
     rows = []
     for source in {source.name: source for _, phase in phases(mixture, samples) for source in phase.sources}.values():
-        shards, end = mixture.sets[source.name], after[source.fingerprint]
-        taken, windows = end - before.get(source.fingerprint, 0), shards.num_windows(mixture.seq_len)
-        rows.append(Use(source.name, len(shards), windows, taken, taken / max(1, given), end / windows))
+        shards, end = mixture.sets[source.name], after[source.key]
+        taken, windows = end - before.get(source.key, 0), shards.num_windows(mixture.seq_len)
+        epochs = end / source.epoch(windows)
+        rows.append(Use(source.name, len(shards), windows, taken, taken / max(1, given), epochs))
     return rows
 
 
-def table(uses: Sequence[Use], seq_len: int) -> list[str]:
+def table(uses: Sequence[Use], seq_len: int, known: bool = True) -> list[str]:
+    """known: whether the sets were opened; else what depends on their sizes is left out."""
     rows = sorted(uses, key=lambda use: -use.share)
     shown = [f"{'source':<20} {'set':>9} {'windows':>13} {'share':>8} {'samples':>13} {'tokens':>9} {'epochs':>9}"]
     for use in rows[:12]:
         tokens = short_count(use.samples * seq_len)
-        head = f"{use.name[:20]:<20} {short_count(use.tokens):>9} {use.windows:>13,} {use.share:>8.3%}"
-        shown.append(f"{head} {use.samples:>13,} {tokens:>9} {use.epochs:>9.2f}")
+        size = (short_count(use.tokens), f"{use.windows:,}", f"{use.epochs:.2f}") if known else ("?", "?", "?")
+        head = f"{use.name[:20]:<20} {size[0]:>9} {size[1]:>13} {use.share:>8.3%}"
+        shown.append(f"{head} {use.samples:>13,} {tokens:>9} {size[2]:>9}")
     rest = f"and {len(rows) - 12} more with {sum(use.share for use in rows[12:]):.3%} of the samples"
     return [*shown, rest] if len(rows) > 12 else shown
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastcpt import checkpoint, evaluation, guidance, lineage, metrics, pretraining, rates
+from fastcpt import checkpoint, evaluation, guidance, lineage, metrics, pretraining, rates, replay
 from fastcpt.averaging import Average
 from fastcpt.config import Config, to_dict, to_yaml
 from fastcpt.data import Mixture
@@ -230,5 +230,6 @@ def describe(state: State) -> str:
         f"{preview}\n{special}{pretraining.describe(config, state.origin, plan)}\n"
         f"{world.device}, {precision}{note}, {how}, {state.model.execution}\n"
         f"{state.layout.kind}: {state.layout.why}\n"
+        f"{''.join(f'replay: {note}{chr(10)}' for note in replay.notes(state.mixture, state.samples))}"
         f"writes to {config.run.output}"
     )

@@ -17,12 +17,21 @@ def load(text: str) -> Any:
     return value
 
 
+def find(name: str) -> str:
+    """A file as it is, else the preset of that name. Raises UserError when there is neither."""
+    presets = {path.stem: str(path) for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+    if not Path(name).is_file() and name not in presets:
+        message = (
+            f"{name}: there is no such configuration file, and no preset of that name: they are {', '.join(presets)}"
+        )
+        raise UserError("config-missing", message)
+    return name if Path(name).is_file() else presets[name]
+
+
 def check(file: str, sections: Sequence[str]) -> None:
     """Raises UserError when a file is not a configuration's outline: a mapping of sections, each a mapping."""
     import yaml
 
-    if not Path(file).is_file():
-        raise UserError("config-missing", f"{file}: there is no such configuration file")
     try:
         content = load(Path(file).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -65,7 +65,7 @@ def test_imports_go_one_way(module: str) -> None:
     assert not {"tests", "kernels", "data_prep", "benchmarks"} & outside
     if module.startswith("fastcpt.kernels"):
         assert outside <= {"torch", "triton"} and all(name.startswith("fastcpt.kernels") for name in used)
-    if module in ("fastcpt.integrity", "fastcpt.blocks", "fastcpt.shards"):
+    if module in ("fastcpt.integrity", "fastcpt.blocks", "fastcpt.shards", "fastcpt.permutation"):
         assert outside <= {"numpy"} and used <= {"fastcpt.integrity", "fastcpt.blocks"}
     if module.startswith("fastcpt.data_prep"):
         assert not {"torch", "transformers"} & outside
@@ -80,7 +80,7 @@ def test_imports_go_one_way(module: str) -> None:
             used == {"fastcpt.config", "fastcpt.execution", "fastcpt.fp8", "fastcpt.loss", "fastcpt.parallel"} | kernels
         )
     if module == "fastcpt.data":
-        assert used == {"fastcpt.shards"}
+        assert used == {"fastcpt.shards", "fastcpt.permutation"}
     if module not in TRAINING:
         assert "fastcpt.train" not in used
         assert module.startswith("fastcpt.benchmarks") or "fastcpt.benchmarks" not in used
@@ -193,7 +193,8 @@ def test_the_wheel_has_one_top_level(tmp_path: Path) -> None:
         for folder, package in ROOMS.items()
         for path in (ROOT / folder).glob("*.py")
     }
-    assert expected | {"fastcpt/py.typed"} <= set(names)
+    presets = {f"fastcpt/presets/{path.name}" for path in (ROOT / "fastcpt" / "presets").glob("*.yaml")}
+    assert len(presets) == 8 and expected | presets | {"fastcpt/py.typed"} <= set(names)
 
 
 def _copy(target: Path) -> Path:

@@ -297,10 +297,13 @@ def test_a_branch_with_another_mixture_repeats_and_skips_nothing(run: Callable, 
 
 
 def test_history_of_what_is_not_ours_is_incomplete(run: Callable, sets: dict[str, ShardSet]) -> None:
-    assert history_of(origin_of("scratch")) == {"complete": True, "seen": []}
-    assert history_of(origin_of("pretrained")) == {"complete": False, "seen": []}
-    state = state_of(run(), sets)
-    assert history_of(origin_of("continue", state)) == {"complete": True, "seen": [sets["a"].fingerprint]}
+    assert history_of(origin_of("scratch")) == {"complete": True, "seen": [], "read": {}}
+    assert history_of(origin_of("pretrained")) == {"complete": False, "seen": [], "read": {}}
+    state, content = state_of(run(), sets), sets["a"].fingerprint
+    read = {content: {"samples": 18, "seed": 0, "seq_len": SEQ_LEN}}
+    assert history_of(origin_of("continue", state)) == {"complete": True, "seen": [content], "read": read}
+    for kind in ("resume", "branch"):  # whose own position says the rest
+        assert history_of(origin_of(kind, state)) == {"complete": True, "seen": [content], "read": {}}
 
 
 def rewarm(config: Config, sets: dict[str, ShardSet], kind: str, state: dict | None = None) -> None:
