@@ -322,8 +322,8 @@ def configured_help(command: str) -> str:
             "       fastcpt plan --table", "",
             "Tokens, steps, epochs, memory, checkpoints, the learning-rate curve, warnings. Nothing is written.",
             "With --gpu a100-40, a100, h100, h200 or b200 also tokens/s, hours and GPU-hours; --price is of a GPU-hour.",
-            "--priority: the peak rate that suits it; --budget: if compute ends before the run; --shift: the start is evaluated",
-            "on the validation sets to tell a weak shift from a strong one, and the replay that it asks for.",
+            "--priority: the peak rate that suits it; --budget: if compute ends before the run; --shift: the start is",
+            "evaluated on the validation sets, to tell a weak shift from a strong one and the replay that it asks for.",
             "--without-data: sets and start are not opened. --table: tokens/s of every Pythia on 1, 8, 64 and 512 of each.",
         ),
     }[command]  # fmt: skip
