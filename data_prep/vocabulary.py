@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from fastcpt import UserError
-from fastcpt.data_prep.encoding import byte_of_char, ids_of, is_byte_level, load_reference
 from fastcpt.data_prep.documents import Reject
+from fastcpt.data_prep.encoding import byte_of_char, ids_of, is_byte_level, load_reference
 from fastcpt.data_prep.inputs import Piece, find_inputs, make_tasks
 from fastcpt.data_prep.readers import PieceReader
 from fastcpt.data_prep.tasks import stop
