@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from fastcpt import UserError
+from fastcpt.data_prep.documents import Reject
 from fastcpt.data_prep.encoding import byte_of_char, ids_of, is_byte_level, load_reference
-from fastcpt.data_prep.inputs import find_inputs, make_tasks
+from fastcpt.data_prep.inputs import Piece, find_inputs, make_tasks
 from fastcpt.data_prep.readers import PieceReader
 from fastcpt.data_prep.tasks import stop
 from fastcpt.progress import Bar
@@ -120,12 +121,12 @@ def count_words(tokenizer: Tokenizer, inputs: list[str], text_key: str = "text")
     return Table(words, size)
 
 
-def _batches(pieces: list[Any], text_key: str) -> Iterator[list[bytes]]:
+def _batches(pieces: list[Piece], text_key: str) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     weight = 0
     for piece in pieces:
         for item in PieceReader(piece, text_key, None):
-            if not hasattr(item, "data"):
+            if isinstance(item, Reject):
                 stop(piece, item, "")
             batch.append(item.data)
             weight += len(item.data)
@@ -213,7 +214,8 @@ def learn(tokenizer: Tokenizer, table: Table, count: int) -> tuple[list[tuple[in
     """-> (up to `count` merges as `Tokenizer.extended` takes them, tokens of the text with them)."""
     learner = Learner(table)
     spelled = {index: token for token, index in tokenizer.ids.items()}
-    taken, merges = set(tokenizer.ids), []
+    taken = set(tokenizer.ids)
+    merges: list[tuple[int, int]] = []
     with Bar("learn", count) as bar:
         while len(merges) < count and (pair := learner.best()):
             text = spelled[pair[0]] + spelled[pair[1]]

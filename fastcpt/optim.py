@@ -1,6 +1,7 @@
 """AdamW (arXiv 1711.05101) on fp32 parameters and gradients, by torch or by our kernels, without a host synchronisation."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,25 +119,25 @@ class AdamW(torch.optim.AdamW):
         before = self.count.clone()
         for factor, rows in self._rows(embeddings_only).items():
             self.count.copy_(before)  # of each of the calls, which are one update
+            parameters, gradients, exp_avgs, exp_avg_sqs, decays = (list(column) for column in zip(*rows))
             norm, skipped = step(
-                *(list(column) for column in zip(*rows)), self.count,  # type: ignore[arg-type]
+                parameters, gradients, exp_avgs, exp_avg_sqs, decays, self.count,
                 lr=lr * factor, betas=(beta1, beta2), eps=self.config.eps, clip=self.config.clip, scale=scale, square=square,
             )  # fmt: skip
         return (norm if self.veto is None else true_norm), skipped
 
-    def _rows(self, embeddings_only: bool) -> dict[float, list[tuple[Tensor, Tensor, Tensor, Tensor, float]]]:
+    def _rows(self, embeddings_only: bool) -> dict[float, list[tuple[Any, ...]]]:
         """{rate relative to the schedule's: (parameter, gradient, both moments, weight decay) of each piece}."""
-        groups: dict[float, list[tuple[Tensor, Tensor, Tensor, Tensor, float]]] = {}
+        groups: dict[float, list[tuple[Any, ...]]] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 tensors = (p.detach(), p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])
                 for piece in self.pieces.get(p, [WHOLE]):
-                    g, *rest = (tensor[piece.first : piece.end] if piece.parts else tensor for tensor in tensors)
-                    if g.numel() or not piece.parts:
-                        row = (g, *rest, group["weight_decay"])
-                        groups.setdefault(piece.factor(embeddings_only), []).append(row)  # type: ignore[arg-type]
+                    rows = [tensor[piece.first : piece.end] if piece.parts else tensor for tensor in tensors]
+                    if rows[0].numel() or not piece.parts:
+                        groups.setdefault(piece.factor(embeddings_only), []).append((*rows, group["weight_decay"]))
         return groups
 
     @property
