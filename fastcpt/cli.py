@@ -178,15 +178,25 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from fastcpt.report import report
+    if [Path(run).suffix for run in arguments.runs] == [".yaml"]:
+        from fastcpt.sweep_page import sweep_report
 
-    for path in report(arguments.runs, arguments.output, arguments.control):
+        if arguments.control is not None:
+            raise UserError(
+                "options-wrong", "--control is of runs; arms of a sweep are compared with the first of a figure"
+            )
+        written = sweep_report(arguments.runs[0], arguments.output)
+    else:
+        from fastcpt.report import report
+
+        written = report(arguments.runs, arguments.output, arguments.control)
+    for path in written:
         print(path)
     return 0
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, one arm each")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, one arm each; or one sweep's FILE.yaml")
     parser.add_argument("--output", required=True, metavar="FILE.html", help="the page; figures go beside it")
     parser.add_argument(
         "--control",
@@ -292,7 +302,7 @@ COMMANDS: dict[str, commands.Command] = {
     "train": ("pre-train or continue pre-training; under torchrun too", None, _train),
     **commands.COMMANDS,
     "sweep": ("train what is missing of a grid of runs, here or on Slurm", _add_sweep, _sweep),
-    "report": ("figures and one HTML page out of runs", _add_report, _report),
+    "report": ("figures and one HTML page out of runs, or of a sweep", _add_report, _report),
     "bench": ("measure this machine", _add_bench, _bench),
     "demo": ("the whole story on text that comes with Python", _add_demo, _demo),
 }

@@ -57,7 +57,7 @@ def look(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)][0], "linestyle": DASHES[i % 4], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def _canvas(x: str, y: str) -> "tuple[Figure, Axes]":
+def canvas(x: str, y: str) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
     figure = Figure((WIDTH, HEIGHT), layout="constrained")
@@ -94,7 +94,7 @@ def _curves(
     drawn = [curve for curve in curves if finite(curve[3])]
     if not drawn:
         return None
-    figure, axes = _canvas(*axis)
+    figure, axes = canvas(*axis)
     handles, labels, ends = [], [], []
     piece, room = 5 * FONT, 72 * WIDTH - 6 * FONT  # in a legend: a line, and what is left for the text
     spans = [max(xs) - min(xs) for _, _, xs, _ in drawn]
@@ -186,7 +186,7 @@ def place(
     return [(left, low) for left, low, _ in boxes]
 
 
-def _label_ends(axes: "Axes", names: Sequence[str], tracks: Sequence[Sequence[Point]]) -> None:
+def label_ends(axes: "Axes", names: Sequence[str], tracks: Sequence[Sequence[Point]]) -> None:
     """Writes each name near the end of its track, a thin line between them."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     # About the size of the axes: labels are placed before the layout is known.
@@ -216,7 +216,7 @@ def _plane(arms: Sequence[Arm]) -> Drawing | None:
     drawn = [(i, arm.name, arm.plane) for i, arm in enumerate(arms) if not arm.scratch and len(arm.plane) > 1]
     if not drawn:
         return None
-    figure, axes = _canvas("forgetting (nats a token) →  worse", "adaptation (nats a token) →  better")
+    figure, axes = canvas("forgetting (nats a token) →  worse", "adaptation (nats a token) →  better")
     axes.set_title("↖ better: learned more, forgot less", loc="left")
     axes.axhline(0, color=INK, linewidth=1, zorder=2)
     axes.axvline(0, color=INK, linewidth=1, zorder=2)
@@ -224,7 +224,7 @@ def _plane(arms: Sequence[Arm]) -> Drawing | None:
         axes.plot(*zip(*points), **look(i), zorder=3)
         axes.plot(*points[-1], **{**look(i), "linestyle": "none"}, markersize=10, markeredgecolor=PAPER, zorder=5)
     axes.margins(0.14)
-    _label_ends(axes, [fit(name, 140) for _, name, _ in drawn], [points for _, _, points in drawn])
+    label_ends(axes, [fit(name, 140) for _, name, _ in drawn], [points for _, _, points in drawn])
     caption = "Each arm starts at the origin and ends at its large mark; the marks between are evaluations."
     if scratch := [arm.name for arm in arms if arm.scratch]:
         caption += f" Left out, as they compare with their own random start: {', '.join(scratch)}."

@@ -115,6 +115,7 @@ def finals(results: Results, title: str, arms: Sequence[str], name: str) -> Draw
         half = [[found.half]] if len(found.values) > 1 else None
         axes.errorbar([found.mean], [-row], xerr=half, **style, markersize=7, capsize=4, elinewidth=1.6, zorder=4)
     axes.set_yticks([-row for row in range(len(rows))], [fit(arm, 150) for _, arm, _ in rows])
+    axes.locator_params(axis="x", nbins=5)
     axes.margins(y=0.2 / len(rows) + 0.08)
     said = "; ".join(f"{arm} {found.mean:+.4f} from {found.low:+.4f} to {found.high:+.4f}" for _, arm, found in rows)
     return Drawing(

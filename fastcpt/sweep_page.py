@@ -1,11 +1,11 @@
-"""One page about a sweep: `fastcpt report SWEEP.yaml`. Its frame and its files are those of `report.py`, its figures those of
+"""One page about a sweep: `fastcpt report SWEEP.yaml`. Its frame and its files are those of `pages.py`, its figures those of
 `sweep_figures.py`; the numbers come from the sweep's results.csv, and nothing else is read."""
 
 import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastcpt import grid, report
+from fastcpt import grid, pages
 from fastcpt.figures import Drawing
 from fastcpt.results import Interval, Results, interval
 from fastcpt.sweep_figures import draw
@@ -29,14 +29,14 @@ def table(results: Results, arms: Sequence[str]) -> str:
     rows = []
     for i, arm in enumerate(arms):
         tokens = max(point.tokens for seed in results.seeds(arm) for point in results.points(arm, seed))
-        row = [report.arm_name(i, arm), str(len(results.seeds(arm))), f"{tokens:,}"]
+        row = [pages.arm_name(i, arm), str(len(results.seeds(arm))), f"{tokens:,}"]
         for name in names:
             own, both = results.seeds(arm, name=name), results.seeds(arm, first, name=name)
             row.append(_bounded(interval([results.final(arm, s, name) for s in own]), ".4f") if own else "–")
             gaps = [results.final(arm, s, name) - results.final(first, s, name) for s in both]
             row.append(_bounded(interval(gaps), "+.4f") if gaps and arm != first else "–")
         rows.append(row)
-    return report.table(head, rows)
+    return pages.table(head, rows)
 
 
 def sweep_report(file: str, output: str | Path) -> list[Path]:
@@ -52,10 +52,10 @@ def sweep_report(file: str, output: str | Path) -> list[Path]:
             f"<p>{len(results.arms)} arms of {html.escape(str(where))}; intervals are Student's, 95%, over seeds.</p>"
         ]
         for title, arms in known.items():
-            shown = "\n".join(report.figure(drawing, folder) for drawing in drawn[title])
+            shown = "\n".join(pages.figure(drawing, folder) for drawing in drawn[title])
             parts.append(
                 f'<h2>{html.escape(title)}</h2>\n{table(results, arms)}\n<div class="figures">\n{shown}\n</div>'
             )
         return "\n".join(parts), [drawing for drawings in drawn.values() for drawing in drawings]
 
-    return report.write(f"{Path(file).stem}: a sweep", body, output)
+    return pages.write(f"{Path(file).stem}: a sweep", body, output)
