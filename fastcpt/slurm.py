@@ -7,6 +7,7 @@ command submits it again, and it goes on.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,11 @@ def options_of(text: str) -> dict[str, Any]:
         if not (name and equals and value):
             raise UserError("slurm-option-wrong", f"--slurm {entry!r}: write NAME=VALUE, such as partition=gpu")
         options[name] = int(value) if value.isdecimal() else value
+    if shutil.which("srun") is None:
+        raise UserError(
+            "slurm-missing",
+            f"--slurm {text}: there is no srun here; run it where jobs are submitted, or without --slurm",
+        )
     return options
 
 
@@ -53,7 +59,7 @@ def launch(file: str) -> int:
     return code
 
 
-def submit(sweep: Pending, text: str) -> None:
+def submit(sweep: Pending, options: dict[str, Any]) -> None:
     """Submits what is left of the sweep, and waits for it. Ctrl-C leaves the jobs to Slurm."""
     try:
         import submitit
@@ -65,7 +71,7 @@ def submit(sweep: Pending, text: str) -> None:
     known: dict[str, str] = json.loads(known_file.read_text()) if known_file.exists() else {}
     executor = submitit.AutoExecutor(folder / "%j", cluster="slurm")
     own, others = {}, {}
-    for name, value in options_of(text).items():
+    for name, value in options.items():
         (own if name in executor._valid_parameters() or name.startswith("slurm_") else others)[name] = value
     jobs: dict[Path, Any] = {}
     for job in sweep.left:

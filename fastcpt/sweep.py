@@ -149,6 +149,10 @@ def run(file: str, jobs: int | None, slurm: str | None, dry: bool) -> int:
     """What `fastcpt sweep` does. Exit codes: 0 all done; 1 some runs failed; 75 stopped on a signal, run again to go on."""
     if jobs is not None and jobs < 1:
         raise UserError("option-out-of-range", f"--jobs {jobs}: must be 1 or more")
+    if slurm is not None:
+        from fastcpt import slurm as cluster
+
+        options = cluster.options_of(slurm)
     plan = grid.read(file)
     sweep = Pending(plan.jobs, plan.output)
     tokens = sum(map(tokens_of, sweep.left))
@@ -162,9 +166,7 @@ def run(file: str, jobs: int | None, slurm: str | None, dry: bool) -> int:
         return 0
     if sweep.left:
         if slurm is not None:
-            from fastcpt import slurm as cluster
-
-            cluster.submit(sweep, slurm)
+            cluster.submit(sweep, options)
         else:
             here(sweep, jobs)
     from fastcpt import results

@@ -1,4 +1,4 @@
-"""What fastcpt refuses: the catalogue (refused_runs.py, refused_inputs.py) run as users run it, and docs/errors.md made of it.
+"""What fastcpt refuses: the catalogue (refused_*.py) run as users run it, and docs/errors.md made of it.
 
     python tests/refusals.py        writes docs/errors.md
 
@@ -320,8 +320,9 @@ def page() -> str:
 def catalogue() -> tuple[Case, ...]:
     import refused_inputs
     import refused_runs
+    import refused_sweeps
 
-    return refused_runs.CASES + refused_inputs.CASES
+    return refused_runs.CASES + refused_inputs.CASES + refused_sweeps.CASES
 
 
 if __name__ == "__main__":
