@@ -1,6 +1,6 @@
 """A sweep's file: arms of one experiment, each with every seed, as the configurations of their runs.
 
-    base: base.yaml                # what all arms share: a configuration (beside this file), or its sections here
+    base: base.yaml                # what all arms share: a configuration beside this file, a preset, or its sections here
     output: sweeps/rates           # run folders: output/ARM/seed-S
     seeds: [0, 1, 2]               # train.seed of each: arms of one seed see the same text in the same order
     set: {run.eval_every: 100}     # of all arms
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcpt import UserError
+from fastcpt import UserError, yaml_files
 from fastcpt.config import SECTIONS, Config, parse, to_yaml
 
 KEYS = {"base", "output", "seeds", "set", "arms", "figures"}
@@ -96,6 +96,8 @@ def expanded(file: Path, arms: dict[str, Any]) -> dict[str, tuple[dict[str, Any]
         for key, values in _mapping(file, arm.get("grid") or {}, f"grid of arm {name}").items():
             if isinstance(values, list):
                 values = {str(value): value for value in values}
+            elif isinstance(values, dict):  # YAML reads names such as 10 as numbers
+                values = {str(label): value for label, value in values.items()}
             axes.append(
                 [(label, key, value) for label, value in _mapping(file, values, f"grid {key} of {name}").items()]
             )
@@ -165,7 +167,10 @@ def read(path: str | Path) -> Grid:
         if not content.get(key):
             raise _wrong(file, f"{key!r} is missing")
     base = content["base"]
-    base = _load(file.parent / base) if isinstance(base, str) else _mapping(file, base, "base")
+    if isinstance(base, str):
+        beside = file.parent / base
+        base = _load(beside if beside.is_file() else Path(yaml_files.find(base)))
+    base = _mapping(file, base, "base")
     output, common = Path(str(content["output"])), _mapping(file, content.get("set") or {}, "set")
     arms = expanded(file, _mapping(file, content["arms"], "arms"))
     figures = _figures(file, content, arms)

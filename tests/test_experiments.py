@@ -91,3 +91,12 @@ def test_r6_is_of_bits(page: Any) -> None:
     assert page.resume(measured).verdict == "reproduced"
     measured["exact"]["weights and moments"] = False
     assert page.resume(measured).verdict == "not reproduced"
+
+
+def test_the_papers_arms_are_runs_of_its_preset(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {job.arm: job.config for job in grid.read(FOLDER / "rewarm-2308.yaml").jobs}
+    peaks = {arm: config.optim.lr for arm, config in found.items() if arm.startswith("peak")}
+    assert peaks == {"peak-1.5e-4": 1.5e-4, "peak-3.0e-4": 3e-4, "peak-6.0e-4": 6e-4}
+    assert {config.schedule.warmup for arm, config in found.items() if arm.startswith(("peak-3", "warmup"))} == {0, 0.005, 0.01, 0.02}  # fmt: skip
+    assert all(config.train.tokens == 131_296 * 2_260_992 for config in found.values()) and len(found) == 12
