@@ -295,11 +295,10 @@ def parse(arguments: Sequence[str]) -> Config:
     arguments = [re.sub(r"^--init\.from(?=$|=)", "--init.from_", each) for each in arguments]
     arguments = [part for each in arguments for part in each.split("=", 1 if each.startswith("--config=") else 0)]
     arguments = [each for each in arguments if each != "--print_config"]
-    files = []
-    for index in [index + 1 for index, argument in enumerate(arguments[:-1]) if argument == "--config"]:
+    for index in (places := [index + 1 for index, each in enumerate(arguments[:-1]) if each == "--config"]):
         arguments[index] = yaml_files.find(arguments[index])
         yaml_files.check(arguments[index], SECTIONS)
-        files.append(arguments[index])
+    files = [arguments[index] for index in places]
     try:
         values = without_imports(lambda: parser.instantiate(parser.parse_args(arguments)))
     except jsonargparse.ArgumentError as error:

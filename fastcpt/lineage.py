@@ -194,11 +194,8 @@ def make_phases(config: Config, origin: Origin, sets: dict[str, ShardSet]) -> li
         begin = origin.state["data"]["samples"]
         phases = [phase for phase in phases if phase.first < begin]
     data, seed = config.data, config.train.seed
-    now, batch, read = (
-        fingerprints(data.train, sets),
-        config.train.batch_tokens // data.seq_len,
-        history_of(origin)["read"],
-    )
+    now, read = fingerprints(data.train, sets), read_before(origin)
+    batch = config.train.batch_tokens // data.seq_len
     plan, spans = _outline(config, origin)
     for span in spans:
         first, weights = begin + (span.first - plan.first) * batch, parts_per_million(list(span.weights.values()))
@@ -223,17 +220,21 @@ def make_phases(config: Config, origin: Origin, sets: dict[str, ShardSet]) -> li
 
 
 def history_of(origin: Origin) -> dict[str, Any]:
-    """Before this run, and those whose position it keeps: {"complete": whether all that the model has seen is known,
-    "seen": fingerprints, "read": how much of each, see `replay.Read`}."""
+    """{"complete": whether all that the model has seen is known, "seen": fingerprints}, before this run."""
+    if origin.state is not None:
+        return origin.state["history"]
+    return {"complete": origin.kind == "scratch", "seen": []}
+
+
+def read_before(origin: Origin) -> replay.Read:
+    """How much of each set the model has read before this run, and before those whose position it keeps."""
     if origin.state is None:
-        return {"complete": origin.kind == "scratch", "seen": [], "read": {}}
-    history = origin.state["history"]
-    read = history.get("read", {})
-    if not origin.keeps_position:
-        data = origin.state["data"]
-        phases = [Phase.from_dict(phase) for phase in data["phases"]]
-        read = replay.remembered(read, phases, data["samples"], data["seq_len"], data["seed"])
-    return history | {"read": read}
+        return {}
+    read, data = origin.state["history"].get("read", {}), origin.state["data"]
+    if origin.keeps_position:
+        return read
+    phases = [Phase.from_dict(phase) for phase in data["phases"]]
+    return replay.remembered(read, phases, data["samples"], data["seq_len"], data["seed"])
 
 
 def check_rewarm(config: Config, origin: Origin, plan: Plan, sets: dict[str, ShardSet]) -> None:

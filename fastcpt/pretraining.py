@@ -60,11 +60,16 @@ def of(origin: "Origin", plan: "Plan") -> Pretraining:
 
 def history(origin: "Origin", plan: "Plan", content: dict[str, dict[str, str]]) -> dict[str, Any]:
     """What a checkpoint of this run says of all that its model has seen. content: see `lineage.Inputs`."""
-    from fastcpt.lineage import history_of
+    from fastcpt.lineage import history_of, read_before
 
     known = history_of(origin)
     seen = sorted({*known["seen"], *content["train"].values()})
-    return known | {"seen": seen, "pretraining": asdict(of(origin, plan))}
+    return {
+        "complete": known["complete"],
+        "seen": seen,
+        "read": read_before(origin),
+        "pretraining": asdict(of(origin, plan)),
+    }
 
 
 def fresh_moments(config: "Config", origin: "Origin") -> bool:

@@ -51,7 +51,7 @@ def notes(mixture: Mixture, samples: int) -> list[str]:
     running = [
         phase for phase, end in zip(mixture.phases, [*mixture.phases[1:], None]) if end is None or end.first > samples
     ]
-    found = {}
+    found: dict[str, str] = {}
     for source in [source for phase in running for source in phase.sources if source.replay is not None]:
         assert source.replay is not None
         pool, windows = source.replay.pool, mixture.sets[source.name].num_windows(mixture.seq_len)

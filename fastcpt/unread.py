@@ -39,7 +39,7 @@ def is_preset(arguments: Sequence[str], config: Config) -> bool:
     """Whether a run is one of the presets as it is, and none of its sets is there: nobody mistyped a path of it."""
     named = [arguments[index + 1] for index, each in enumerate(arguments[:-1]) if each == "--config"]
     named += [each.removeprefix("--config=") for each in arguments if each.startswith("--config=")]
-    paths = [entry.path for entry in [*config.data.train, *config.data.val]]
+    paths = [source.path for source in config.data.train] + [entry.path for entry in config.data.val]
     own = any(Path(name).is_file() for name in named) or any(each.startswith("--data.") for each in arguments)
     return not own and not config.init.branch and not any(Path(path).exists() for path in paths)
 
@@ -53,8 +53,8 @@ def inputs(config: Config) -> Inputs:
             "--without-data: a branch starts at its checkpoint's rate and position; leave the option out",
         )
     arch = resolve_architecture(config.model, None, "scratch")
-    kind = "scratch" if config.init.from_ == "scratch" else "pretrained"
-    origin = Origin(kind, replace(arch, max_positions=max(arch.max_positions, data.seq_len)))
+    arch = replace(arch, max_positions=max(arch.max_positions, data.seq_len))
+    origin = Origin("scratch" if config.init.from_ == "scratch" else "pretrained", arch)
     sets: dict[str, ShardSet] = {source.name: UnreadSet(source.path) for source in data.train}
     mixture = Mixture(sets, make_phases(config, origin, sets), data.seq_len, config.train.seed)
     return Inputs(origin, make_plan(config, origin), mixture, {}, {})

@@ -23,6 +23,7 @@ from fastcpt.lineage import (
     history_of,
     make_phases,
     make_plan,
+    read_before,
 )
 from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.parallel import World
@@ -297,13 +298,14 @@ def test_a_branch_with_another_mixture_repeats_and_skips_nothing(run: Callable, 
 
 
 def test_history_of_what_is_not_ours_is_incomplete(run: Callable, sets: dict[str, ShardSet]) -> None:
-    assert history_of(origin_of("scratch")) == {"complete": True, "seen": [], "read": {}}
-    assert history_of(origin_of("pretrained")) == {"complete": False, "seen": [], "read": {}}
+    assert history_of(origin_of("scratch")) == {"complete": True, "seen": []}
+    assert history_of(origin_of("pretrained")) == {"complete": False, "seen": []}
     state, content = state_of(run(), sets), sets["a"].fingerprint
-    read = {content: {"samples": 18, "seed": 0, "seq_len": SEQ_LEN}}
-    assert history_of(origin_of("continue", state)) == {"complete": True, "seen": [content], "read": read}
+    assert history_of(origin_of("continue", state)) == {"complete": True, "seen": [content]}
+    assert read_before(origin_of("scratch")) == read_before(origin_of("pretrained")) == {}
+    assert read_before(origin_of("continue", state)) == {content: {"samples": 18, "seed": 0, "seq_len": SEQ_LEN}}
     for kind in ("resume", "branch"):  # whose own position says the rest
-        assert history_of(origin_of(kind, state)) == {"complete": True, "seen": [content], "read": {}}
+        assert read_before(origin_of(kind, state)) == {}
 
 
 def rewarm(config: Config, sets: dict[str, ShardSet], kind: str, state: dict | None = None) -> None:

@@ -71,6 +71,11 @@ def test_a_run_or_a_path_of_ones_own_is_refused_as_before(tmp_path: Path) -> Non
         parse(["--config", "wsd"])  # a file of that name is what is meant
 
 
+def test_an_arm_from_scratch_needs_no_data_either(capsys: Any) -> None:
+    plan.main(["--config", "rewarm-2308", "--init.from", "scratch", *GPUS])
+    assert "scratch: new weights" in capsys.readouterr().out
+
+
 def rates(name: str, *steps: int) -> list[float]:
     config = parse(["--config", name])
     found = make_plan(config, inputs(config).origin)
