@@ -187,7 +187,8 @@ class Judge:
             }}  # fmt: skip
 
             def window(arm: str, seed: int) -> float:
-                return self.results.within(arm, seed, "a", *WINDOW)
+                begun = self.results.curve(arm, seed, "a")[0].step  # a branch counts on
+                return self.results.within(arm, seed, "a", begun + WINDOW[0], begun + WINDOW[1])
 
             checks += self.ordered(f"L_A at 12-17%, Adam {adam}", arms, window)
             checks += self.ordered(f"peak of L_A over its start, Adam {adam}", arms, self.peak("a"))
