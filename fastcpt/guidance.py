@@ -99,7 +99,7 @@ def _evaluated(start: Start) -> list[str]:
     found = []
     for role, what in (("upstream", "forgetting"), ("downstream", "adaptation")):
         if role not in roles:
-            path = next((source.path for source in data.train if source.replay == (role == "upstream")), "SHARDS")
+            path = next((source.path for source in data.train if bool(source.replay) == (role == "upstream")), "SHARDS")
             entry = f"- {{name: {role}, path: {path}-val, role: {role}}}"
             found.append(
                 f"{what} is not measured: no set of data.val has role: {role} (arXiv 2403.08763); in data.val:\n{entry}"
@@ -126,6 +126,7 @@ def _replay(start: Start, told: Shift | None) -> str:
     if source is None and not upstream:
         return ""
     name, path = (source.name, source.path) if source else upstream[0]
+    how = "in_order" if source and source.replay == "in_order" else "true"
     part = REPLAY[told.kind if told else "weak"]
     own = weights.get(source.name, 0) if source else 0
     weak, strong = (new * each / (1 - each) - old + own for each in REPLAY.values())
@@ -143,7 +144,7 @@ def _replay(start: Start, told: Shift | None) -> str:
     where = ", the weight beside those of each of data.phases where they sum to 1" if data.phases else ""
     return (
         f"{head}; of {short_count(train.tokens)} tokens {replayed} are then old text, in the same compute; in data.train{where}:\n"
-        f"- {{name: {name}, path: {path}, weight: {number(weight)}, replay: true}}"
+        f"- {{name: {name}, path: {path}, weight: {number(weight)}, replay: {how}}}"
     )
 
 

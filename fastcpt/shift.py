@@ -83,8 +83,10 @@ def known(origin: Origin, validation: Sequence[NamedSet]) -> Shift | None:
 def measured(config: Config, origin: Origin) -> Shift:
     """On TOKENS tokens of each validation set. Raises UserError when there is nothing to compare."""
     roles = {entry.name: entry.role for entry in config.data.val}
-    if origin.kind == "scratch" or not {"upstream", "downstream"} <= set(roles.values()):
-        what = "a run from scratch has no old text" if origin.kind == "scratch" else "data.val lacks one of the roles"
+    if origin.path is None or not {"upstream", "downstream"} <= set(roles.values()):
+        what = "data.val lacks one of the roles"
+        if origin.path is None:
+            what = "a run from scratch has no old text" if origin.kind == "scratch" else "the start is not there"
         raise UserError(
             "shift-unmeasurable",
             f"--shift compares the start's losses on upstream and downstream sets, and {what}; leave it out",

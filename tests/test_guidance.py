@@ -195,7 +195,7 @@ def prepare(
         state = {
             "history": {"complete": True, "seen": [ShardSet(tmp_path / "old").fingerprint], **(history or {})},
             "step": 100, "lr": 1e-4, "plan": make_plan(start.config, SCRATCH).to_dict(), "config": to_dict(start.config),
-            "data": {"samples": 0, "fingerprints": {"val": {}}},
+            "data": {"samples": 0, "phases": [], "seq_len": SEQ, "seed": 0, "fingerprints": {"val": {}}},
         }  # fmt: skip
         origin = replace(
             start.origin, kind=kind, path=tmp_path / "x", state=state if kind in ("continue", "branch") else None
