@@ -70,13 +70,14 @@ def submit(sweep: Pending, options: dict[str, Any]) -> None:
     known_file = folder / "jobs.json"
     known: dict[str, str] = json.loads(known_file.read_text()) if known_file.exists() else {}
     executor = submitit.AutoExecutor(folder / "%j", cluster="slurm")
-    own, others = {}, {}
+    own: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for name, value in options.items():
         (own if name in executor._valid_parameters() or name.startswith("slurm_") else others)[name] = value
     jobs: dict[Path, Any] = {}
     for job in sweep.left:
         if (number := known.get(job.name)) is not None:
-            before = submitit.SlurmJob(folder / "%j", number)
+            before: Any = submitit.SlurmJob(folder / "%j", number)
             if not before.done(force_check=True):
                 jobs[job.folder] = before
                 continue

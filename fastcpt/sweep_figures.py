@@ -14,6 +14,7 @@ from fastcpt.progress import short_count
 from fastcpt.results import Results, interval
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -22,7 +23,7 @@ def _slug(text: str) -> str:
     return re.sub("[^A-Za-z0-9._-]+", "-", text).strip("-")[:60].lower()
 
 
-def _legend(figure: "Figure", handles: Sequence[object], labels: Sequence[str]) -> None:
+def _legend(figure: "Figure", handles: Sequence["Artist"], labels: Sequence[str]) -> None:
     columns = max(1, int(72 * WIDTH / (max(map(width, labels)) + 6 * FONT)))
     rows = -(-len(labels) // columns)
     figure.set_figheight(HEIGHT + (rows - 2) * 1.55 * FONT / 72)

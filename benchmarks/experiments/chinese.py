@@ -7,6 +7,7 @@ The text is that of Debian packages (corpus.py); the English model is a small on
 takes minutes on two cores. With Pythia only `init.from`, the tokenizer and the sizes are others.
 """
 
+import itertools
 import json
 import os
 import shlex
@@ -119,6 +120,15 @@ def prepare(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(configuration, sort_keys=False))
 
 
+def advice(plan: str) -> list[str]:
+    """The plan's warning about the shift, with the entry that it asks for."""
+    lines = plan.splitlines()
+    first = next(
+        i for i, line in enumerate(lines) if line.startswith("warning") and "shift" in "".join(lines[i : i + 2])
+    )
+    return [lines[first], *itertools.takewhile(lambda line: line.startswith(" "), lines[first + 1 :])]
+
+
 def run(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
@@ -138,8 +148,8 @@ def run(folder: Path) -> None:
             for name, lines in last.items()
         },
         "extended_start": {of: entry["bits_per_byte"] for of, entry in last["extended"][0]["eval"].items()},
-        "advice": [line.strip() for line in said["plan"].splitlines() if "shift" in line],
-        "extend": [line for line in said["extended"].splitlines() if "byte" in line],
+        "advice": advice(said["plan"]),
+        "extend": [line for line in said["extended"].splitlines() if "tokens a byte" in line],
         "between": said["between"].strip().splitlines(),
         "texts": {name: Path(f"{name}.jsonl").stat().st_size for name in ("english", "chinese")},
     }
