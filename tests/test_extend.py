@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastcpt import UserError, cli, demo, evaluation, hf, train
@@ -19,7 +19,7 @@ from fastcpt.model import Architecture, GPTNeoX
 from fastcpt.shards import ShardSet
 from fastcpt.weights import Weights
 
-NEW, ROWS, USED = 200, 4224, 4096
+NEW, ROWS, USED, GROWN = 200, 640, 512, 768
 
 
 class Trained(NamedTuple):
@@ -34,23 +34,38 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("extend")
-    english, code = demo.texts(120_000)
+    english, code = demo.texts(200_000)
+    held_out, english = english[:5], english[5:]
     demo.write_jsonl(folder / "english.jsonl", english)
     demo.write_jsonl(folder / "code.jsonl", code)
-    demo.train_tokenizer(english, folder / "tokenizer.json")
-    for name in ("english", "code"):
+    _small_tokenizer(english, folder / "tokenizer.json")
+    demo.write_jsonl(folder / "held-out.jsonl", held_out)
+    for name in ("english", "held-out", "code"):
         _prep(folder, name, "tokenizer.json", name)
     configuration = {
         "model": {"layers": 2, "width": 64, "heads": 4, "vocab_size": ROWS},
         "data": {"seq_len": 64, "train": [{"name": "english", "path": str(folder / "english"), "weight": 1}]},
-        "train": {"tokens": 40 * 512, "batch_tokens": 512, "compile": False, "precision": "fp32"},
-        "optim": {"lr": 1e-2},
+        "train": {"tokens": 100 * 1024, "batch_tokens": 1024, "compile": False, "precision": "fp32"},
+        "optim": {"lr": 5e-3},
         "run": {"output": str(folder / "run"), "tensorboard": False},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(configuration))
     assert train.main(["--config", str(folder / "run.yaml")]) == 0
     assert cli.main(["export", str(folder / "run"), "--output", str(folder / "exported")]) == 0
     return Trained(folder, str(folder / "run"), str(folder / "exported"), str(folder / "code.jsonl"))
+
+
+def _small_tokenizer(documents: list[str], path: Path) -> None:
+    """Of few tokens, so that a short training has seen each of them often: R16 is about models that know their tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=USED, special_tokens=[demo.EOD], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.save(str(path))
 
 
 def _prep(folder: Path, text: str, tokenizer: str, output: str) -> None:
@@ -85,7 +100,7 @@ def test_transformers_and_we_compute_the_same(trained: Trained, extended: Path) 
     assert ids[0].tolist() == Tokenizer.from_file(str(extended / "tokenizer.json")).encode(text).ids
     with torch.no_grad():
         logits, expected = ours(ids), theirs(ids).logits
-    assert logits.shape[-1] == 4352 == theirs.config.vocab_size  # 4,296 ids, to a multiple of 128
+    assert logits.shape[-1] == GROWN == theirs.config.vocab_size  # 712 ids, to a multiple of 128
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert ours.arch.old_rows == USED == json.loads((extended / "config.json").read_text())["fastcpt_old_rows"]
 
@@ -112,7 +127,7 @@ def test_new_rows(trained: Trained, extended: Path) -> None:
             parts = [each.id for each in old.model.tokenize(new.id_to_token(index))]
             assert len(parts) > 1
             torch.testing.assert_close(made[index], torch.stack([rows[part] for part in parts]).mean(0))
-        padding = rows[USED:].mean(0).expand(4352 - USED - NEW, -1)
+        padding = rows[USED:].mean(0).expand(GROWN - USED - NEW, -1)
         torch.testing.assert_close(made[USED + NEW :], padding)
 
 
@@ -148,7 +163,7 @@ def test_a_tokenizer_that_was_extended_elsewhere(trained: Trained, extended: Pat
     (tmp_path / "swapped.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="old ids must stay"):
         extend(trained.exported, str(tmp_path / "no"), tokenizer=str(tmp_path / "swapped.json"))
-    with pytest.raises(UserError, match=r"no new token; new tokens must have the ids from 4,096 on"):
+    with pytest.raises(UserError, match=r"no new token; new tokens must have the ids from 512 on"):
         extend(trained.exported, str(tmp_path / "no"), tokenizer=str(trained.folder / "tokenizer.json"))
 
 
@@ -165,7 +180,8 @@ def test_the_tokens_a_byte_that_it_prints(trained: Trained, tmp_path: Path, caps
 
 
 def test_sub_tokens_start_below_noise_in_bits_per_byte(trained: Trained, extended: Path, tmp_path: Path) -> None:
-    """R16, on code that uses the new tokens; paired, over three seeds of the noise. Per token the losses are of other units:
+    """R16, on code that uses the new tokens; paired, over three seeds of the noise. A model that has seen few
+    of its tokens (20,000 of text, 4,096 in its vocabulary) had noise ahead by 0.02. Per token the losses are of other units:
     the same text is fewer tokens."""
     _prep(trained.folder, "code", "extended/tokenizer.json", "code-extended")
     shards = trained.folder / "code-extended"
@@ -174,7 +190,7 @@ def test_sub_tokens_start_below_noise_in_bits_per_byte(trained: Trained, extende
         extend(trained.run, str(tmp_path / str(seed)), [trained.code], NEW, init="noise", seed=seed)
         noise = bits(tmp_path / str(seed), shards)
         assert ours["tokens"] == noise["tokens"]
-        assert ours["bits_per_byte"] < noise["bits_per_byte"]
+        assert ours["bits_per_byte"] < noise["bits_per_byte"] - 0.05
     before, after = ShardSet(trained.folder / "code"), ShardSet(shards)
     assert after.manifest["text_bytes"] == before.manifest["text_bytes"] and len(after) < 0.95 * len(before)
 
@@ -185,17 +201,17 @@ def test_text_without_new_tokens_pays_for_new_rows_alone(
     """The same ids of the same model: its bits per byte change by the share of the probability that new rows take."""
     (tmp_path / "new.txt").write_text("再见世界 " * 40)
     extend(trained.exported, str(tmp_path / "out"), [str(tmp_path / "new.txt")], 8)
-    _prep(trained.folder, "english", str(tmp_path / "out" / "tokenizer.json"), f"english-{tmp_path.name}")
+    _prep(trained.folder, "held-out", str(tmp_path / "out" / "tokenizer.json"), "held-out-extended")
     monkeypatch.setattr("fastcpt.parallel.has_bf16", lambda device: False)  # transformers computes in fp32 here
-    shards = ShardSet(trained.folder / "english")
+    shards = ShardSet(trained.folder / "held-out")
     before = bits(trained.exported, shards.path)
-    after = bits(tmp_path / "out", trained.folder / f"english-{tmp_path.name}")
+    after = bits(tmp_path / "out", trained.folder / "held-out-extended")
     assert after["tokens"] == before["tokens"]
     windows = shards.windows(evaluation_windows(shards, 64, len(shards)), 64).astype(np.int64)
-    models = [AutoModelForCausalLM.from_pretrained(model) for model in (trained.exported, tmp_path / "out")]
+    both = [AutoModelForCausalLM.from_pretrained(model) for model in (trained.exported, tmp_path / "out")]
     with torch.no_grad():
         rises = [
-            models[1](ids).logits.logsumexp(-1) - models[0](ids).logits.logsumexp(-1)
+            both[1](ids).logits.logsumexp(-1) - both[0](ids).logits.logsumexp(-1)
             for ids in torch.from_numpy(windows[:, :-1]).split(64)
         ]
     rise = float(torch.cat(rises).double().mean())  # nats a token
