@@ -59,17 +59,15 @@ def curves(results: Results, title: str, arms: Sequence[str], name: str) -> Draw
 
 
 def _scale(results: Results, axes: "Axes", arms: Sequence[str], name: str) -> str:
-    """A scale for what the arms have in common. What one from scratch starts with would flatten the others: it is said."""
+    """A scale without the first fifth of arms from scratch, whose start would flatten all others: it is said instead."""
     heights = {arm: [point.mean for point in results.mean_curve(arm, name)] for arm in arms}
-    usual = sorted(max(values) for values in heights.values())[len(arms) // 2]
-    lowest = min(min(values) for values in heights.values())
-    top = usual + 0.5 * (usual - lowest)
-    above = [arm for arm in arms if heights[arm][0] > top]
-    if not above or len(above) == len(arms):
+    kept = {arm: ys[len(ys) // 5 if arm in results.scratch else 0 :] for arm, ys in heights.items()}
+    low, high = min(min(ys) for ys in kept.values()), max(max(ys) for ys in kept.values())
+    margin = 0.06 * (high - low) or 0.1
+    above = [arm for arm in arms if heights[arm][0] > high + margin]
+    if not above:
         return ""
-    shown = [value for values in heights.values() for value in values if value <= top]
-    margin = 0.06 * (max(shown) - min(shown)) or 0.1
-    axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    axes.set_ylim(low - margin, high + margin)
     return " Begun above the scale: " + ", ".join(f"{arm} at {heights[arm][0]:.3f}" for arm in above) + "."
 
 
