@@ -127,8 +127,9 @@ def write_stretch(stretch: Stretch) -> bytes:
                     if filled == COPY_BYTES:
                         flush()
         flush()
-        # The disk begins to write, so that it has little left to do at the end.
-        os.posix_fadvise(descriptor, stretch.offset, stretch.bytes, os.POSIX_FADV_DONTNEED)
+        # The disk begins to write these bytes, so that it has little left to do at the end, and the memory of those that it
+        # has written is there for the next ones: memory that nobody has used lately can cost more than all else here.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
     return np.array(hashes, "<u8").tobytes()
