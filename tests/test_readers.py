@@ -181,7 +181,9 @@ def test_group_that_is_no_name_is_rejected(tmp_path: Path, value: object) -> Non
     assert (good, len(bad)) == ([], 1)
 
 
-def test_split_lines_equals_bytes_split_for_any_chunks() -> None:
+@pytest.mark.parametrize("long_line", [1, 4, streams.LONG_LINE])
+def test_split_lines_equals_bytes_split_for_any_chunks(monkeypatch: pytest.MonkeyPatch, long_line: int) -> None:
+    monkeypatch.setattr(streams, "LONG_LINE", long_line)
     rng = random.Random(1)
     for _ in range(500):
         data = bytes(rng.choice(b"ab\r\n\n") for _ in range(rng.randrange(40)))
