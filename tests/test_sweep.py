@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -178,30 +179,27 @@ def test_a_stopped_sweep_saves_and_goes_on_to_the_same_bits(place: Any) -> None:
         assert weights(f"alone{n}") == weights(f"out/arm{n}/seed-0")
 
 
-def test_a_worker_that_is_killed_is_named_and_replaced(place: Any, monkeypatch: Any) -> None:
-    place({"first": {}, "second": {}})
-    killed = []
-    taking = sweep.Worker.run
+def test_a_worker_that_is_killed_is_named_and_replaced(place: Any, monkeypatch: Any, capfd: Any) -> None:
+    place({"first": {"set": {"train.tokens": 10**6 * STEP, "run.eval_every": 10**6}}, "second": {}})
+    running = sweep.Worker.run
 
     def run(worker: sweep.Worker, job: grid.Job, log: Path) -> int:
-        if not killed:
-            killed.append(True)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            job.file.unlink()
-            os.mkfifo(job.file)  # the worker waits there until it is killed
-            import threading
+        def kill() -> None:
+            metrics = job.folder / "metrics.jsonl"
+            while not metrics.exists() or metrics.stat().st_size == 0:
+                time.sleep(0.05)
+            assert worker._process is not None
+            worker._process.kill()
 
-            def kill() -> None:
-                while worker._process is None or not log.exists():
-                    time.sleep(0.05)
-                worker._process.kill()
-
-            threading.Thread(target=kill).start()
-        return taking(worker, job, log)
+        if job.arm == "first":
+            threading.Thread(target=kill, daemon=True).start()
+        return running(worker, job, log)
 
     monkeypatch.setattr(sweep.Worker, "run", run)
     assert sweep.run("sweep.yaml", 1, None, False) == sweep.FAILED
-    assert Results.read("out/results.csv").arms == ["second"]
+    assert "first/seed-0 failed: ended by signal 9; see out/logs/first-seed-0.log" in capfd.readouterr().err
+    table = Results.read("out/results.csv")
+    assert table.curve("second", 0, "old")[-1].step == 5 and len(table.curve("first", 0, "old")) == 1
 
 
 def test_jobs_of_slurm_wait_for_each_other_and_are_not_submitted_twice(
