@@ -53,14 +53,15 @@ def measured_matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1
     return 2 * size**3 / best
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The denominator of MFU, FLOP/s: a GPU's data sheet for bf16, else what a matrix product reaches here and now."""
+def peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """The denominator of MFU, FLOP/s: a GPU's data sheet for bf16, else what a matrix product reaches here and now, the best
+    of `repeats`."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in BF16_PEAKS.items():
             if known in name:
                 return peak
-    return measured_matmul_rate(device, dtype, size=4096 if device.type == "cuda" else 1024)
+    return measured_matmul_rate(device, dtype, 4096 if device.type == "cuda" else 1024, repeats)
 
 
 class Logger(Protocol):

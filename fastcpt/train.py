@@ -333,7 +333,7 @@ def _train(config: Config, stack: contextlib.ExitStack) -> State:
                     "says which); lower optim.lr, or raise train.skip_spikes"
                 )
             if world.device.type == "cpu":  # others may have had the cores when it was first measured
-                peak = max(peak, metrics.peak_flops(world.device, state.model.execution.dtype) * world.size)
+                peak = max(peak, metrics.peak_flops(world.device, state.model.execution.dtype, repeats=1) * world.size)
             clock, clock_step = time.perf_counter(), state.step
         pause = time.perf_counter()
         state.unevaluated = bool(state.validation) and evaluation.is_due(
