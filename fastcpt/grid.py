@@ -86,6 +86,15 @@ def _load(file: Path) -> dict[str, Any]:
         raise _wrong(file, f"not YAML: {' '.join(str(error).split())}") from None
 
 
+def _content(file: Path, *needed: str) -> dict[str, Any]:
+    content = _mapping(file, _load(file), "the file", KEYS)
+    for key in needed:
+        if not content.get(key):
+            raise _wrong(file, f"{key!r} is missing")
+    _mapping(file, content["arms"], "arms")
+    return content
+
+
 def expanded(file: Path, arms: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[int] | None]]:
     """{arm: (its settings, its seeds or None)}, with the grids multiplied out."""
     out: dict[str, tuple[dict[str, Any], list[int] | None]] = {}
@@ -129,7 +138,7 @@ def _figures(file: Path, content: dict[str, Any], arms: Iterable[str]) -> dict[s
 
 def _nested(file: Path, settings: dict[str, Any], into: dict[str, Any]) -> dict[str, Any]:
     """Dotted settings written into sections."""
-    sections = {key: dict(value) if isinstance(value, dict) else value for key, value in into.items()}
+    sections = {key: dict(value) for key, value in into.items()}
     for key, value in settings.items():
         section, dot, rest = key.partition(".")
         if section not in SECTIONS or not dot:
@@ -141,9 +150,8 @@ def _nested(file: Path, settings: dict[str, Any], into: dict[str, Any]) -> dict[
 def outline(path: str | Path) -> tuple[Path, dict[str, list[str]]]:
     """(output, figures) of a sweep's file, without its configurations. Raises UserError."""
     file = Path(path)
-    content = _mapping(file, _load(file), "the file", KEYS)
-    arms = _mapping(file, content.get("arms") or {}, "arms")
-    return Path(str(content.get("output"))), _figures(file, content, expanded(file, arms))
+    content = _content(file, "output", "arms")
+    return Path(str(content["output"])), _figures(file, content, expanded(file, content["arms"]))
 
 
 def parse_sections(sections: dict[str, Any]) -> Config:
@@ -162,17 +170,16 @@ def parse_sections(sections: dict[str, Any]) -> Config:
 def read(path: str | Path) -> Grid:
     """Raises UserError for what no run could be made of, before any starts. Writes each run's configuration."""
     file = Path(path)
-    content = _mapping(file, _load(file), "the file", KEYS)
-    for key in ("base", "output", "arms"):
-        if not content.get(key):
-            raise _wrong(file, f"{key!r} is missing")
+    content = _content(file, "base", "output", "arms")
     base = content["base"]
     if isinstance(base, str):
         beside = file.parent / base
         base = _load(beside if beside.is_file() else Path(yaml_files.find(base)))
-    base = _mapping(file, base, "base")
+    base = {
+        name: _mapping(file, value or {}, f"{name} of base") for name, value in _mapping(file, base, "base").items()
+    }
     output, common = Path(str(content["output"])), _mapping(file, content.get("set") or {}, "set")
-    arms = expanded(file, _mapping(file, content["arms"], "arms"))
+    arms = expanded(file, content["arms"])
     figures = _figures(file, content, arms)
     usual = content.get("seeds", [0])
     jobs: dict[tuple[str, int], Job] = {}

@@ -62,6 +62,7 @@ class Pending:
                 self._changed.wait()
 
     def ended(self, job: Job, code: int, seconds: float, bar: Bar) -> None:
+        """bar: of the tokens that were left to train."""
         with self._changed:
             if code == 0:
                 self.done.add(job.folder)
@@ -72,6 +73,7 @@ class Pending:
                 why = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
                 self.failed[job.folder] = f"{why}; see {log_of(job, self.output)}"
                 bar.print(f"{job.name} failed: {self.failed[job.folder]}")
+            bar.update(bar.total - sum(map(tokens_of, self.left)), f"{len(self.left)} runs left")
             self._changed.notify_all()
 
     def stop(self) -> None:

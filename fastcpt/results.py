@@ -1,4 +1,4 @@
-"""The results of a sweep: every evaluation of every run in one table, and what is read off it.
+"""The results of a sweep: every evaluation of every complete run in one table, and what is read off it.
 
 results.csv has one row for each validation set of each evaluation: arm, seed, start (scratch or warm), step, tokens, set, role,
 loss (nats a token), bits_per_byte. Arms of one seed saw the same text in the same order, so arms are compared seed by seed: of differences the
@@ -7,7 +7,7 @@ interval is Student's, over the seeds.
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +28,15 @@ class Point(NamedTuple):
     bits_per_byte: float
 
 
-def write(plan: Grid) -> Path:
-    """The table of all runs that have evaluations, in the order of the sweep's file. Returns its path."""
+def write(plan: Grid, complete: Container[Path]) -> Path:
+    """The table of the runs that are complete, by their folders, in the order of the sweep's file. Returns its path.
+
+    A run that was stopped is not in it: its last losses would be compared with those of others at their ends.
+    """
     path = plan.output / "results.csv"
     rows = []
     for job in plan.jobs:
-        if not (job.folder / "metrics.jsonl").exists() or not (job.folder / "config.yaml").exists():
+        if job.folder not in complete:
             continue
         (arm,) = read_arms([str(job.folder)])
         for line in arm.evaluations:
@@ -53,7 +56,6 @@ class Results:
     """A table, read. curves: {(arm, seed, set): its evaluations, oldest first}; roles: of the sets; scratch: arms that began with
     new weights."""
 
-    path: Path
     curves: dict[tuple[str, int, str], list[Point]]
     roles: dict[str, str]
     scratch: set[str]
@@ -83,7 +85,7 @@ class Results:
                 roles[row["set"]] = row["role"]
                 if row["start"] == "scratch":
                     scratch.add(row["arm"])
-        return cls(path, curves, roles, scratch)
+        return cls(curves, roles, scratch)
 
     @property
     def arms(self) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastcpt import UserError
 from fastcpt.grid import Job
-from fastcpt.pending import PREEMPTED, Pending
+from fastcpt.pending import FAILED, PREEMPTED, Pending, tokens_of
 from fastcpt.progress import Bar
 
 POLL_SECONDS = 10.0
@@ -94,21 +94,24 @@ def submit(sweep: Pending, options: dict[str, Any]) -> None:
 
 
 def wait(sweep: Pending, jobs: dict[Path, Any]) -> None:
-    """Until all have ended."""
+    """Until all have ended, or Ctrl-C."""
     under_way: dict[Path, Job] = {job.folder: job for job in sweep.left}
     begun = time.monotonic()
-    with Bar("sweep", len(jobs)) as bar:
-        while under_way:
-            for path, job in list(under_way.items()):
-                if not jobs[path].done():
-                    continue
-                del under_way[path]
-                sweep.left.remove(job)
-                failure = jobs[path].exception()
-                code = 0 if failure is None else PREEMPTED if f"exit code {PREEMPTED}" in str(failure) else 1
-                sweep.ended(job, code, time.monotonic() - begun, bar)
-                if code:
-                    sweep.failed[path] = f"see {jobs[path].paths.stderr}"
-            bar.update(len(jobs) - len(under_way), f"{len(under_way)} jobs left")
-            if under_way:
-                time.sleep(POLL_SECONDS)
+    try:
+        with Bar("sweep", sum(map(tokens_of, sweep.left))) as bar:
+            while under_way:
+                for path, job in list(under_way.items()):
+                    if not jobs[path].done():
+                        continue
+                    del under_way[path]
+                    sweep.left.remove(job)
+                    failure = jobs[path].exception()
+                    code = 0 if failure is None else PREEMPTED if f"exit code {PREEMPTED}" in str(failure) else FAILED
+                    sweep.ended(job, code, time.monotonic() - begun, bar)
+                    if code == FAILED:
+                        sweep.failed[path] = f"see {jobs[path].paths.stderr}"
+                if under_way:
+                    time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        sweep.stopping = True
+        print(f"{len(under_way)} jobs are left to Slurm; the same command waits for them", file=sys.stderr)

@@ -121,14 +121,12 @@ def here(sweep: Pending, jobs: int | None) -> None:
     gpus = [str(n) for n in range(torch.cuda.device_count())] if shown is None else shown.split(",") if shown else []
     count = jobs or len(gpus) or 1
     workers = [Worker(number, count, gpus) for number in range(count)]
-    total = sum(map(tokens_of, sweep.left))
     sweep.output.joinpath("logs").mkdir(parents=True, exist_ok=True)
 
     def work(worker: Worker, bar: Bar) -> None:
         while (job := sweep.take()) is not None:
             begun = time.monotonic()
             sweep.ended(job, worker.run(job, log_of(job, sweep.output)), time.monotonic() - begun, bar)
-            bar.update(total - sum(map(tokens_of, sweep.left)), f"{len(sweep.left)} runs left")
         worker.close()
 
     def stop() -> None:
@@ -136,7 +134,7 @@ def here(sweep: Pending, jobs: int | None) -> None:
         for worker in workers:
             worker.stop()
 
-    with Bar("sweep", total) as bar, _stopped_by_signals(stop):
+    with Bar("sweep", sum(map(tokens_of, sweep.left))) as bar, _stopped_by_signals(stop):
         threads = [threading.Thread(target=work, args=(worker, bar)) for worker in workers]
         for thread in threads:
             thread.start()
@@ -171,7 +169,7 @@ def run(file: str, jobs: int | None, slurm: str | None, dry: bool) -> int:
             here(sweep, jobs)
     from fastcpt import results
 
-    print(results.write(plan))
+    print(results.write(plan, sweep.done))
     for job in plan.jobs:
         if job.folder in sweep.failed:
             print(f"{job.name} failed: {sweep.failed[job.folder]}", file=sys.stderr)

@@ -15,6 +15,7 @@ after=$(sed -n "s/.*--dependency=afterok://p" "$1" | tr ":'" "  ")
     while grep -qE 'PENDING|RUNNING' $FAKE_SLURM/$other.state; do sleep 0.1; done
     grep -q COMPLETED $FAKE_SLURM/$other.state || { echo CANCELLED > $FAKE_SLURM/$number.state; exit; }
   done
+  while [ -e $FAKE_SLURM/hold ]; do sleep 0.1; done
   echo RUNNING > $FAKE_SLURM/$number.state
   export SLURM_JOB_ID=$number SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
   export SLURM_JOB_NODELIST=localhost

@@ -79,7 +79,7 @@ def test_verdicts(page: Any) -> None:
             for name in "ab":
                 for arm, loss in ((ONE, late[seed]), ("early-19%", 2.0), ("early-7%", 3.0 + seed / 10)):
                     curves[arm, seed, name] = curve(2.0, 2.0, loss)
-        return Judge(Results(Path(), curves, {}, set())).r10().verdict
+        return Judge(Results(curves, {}, set())).r10().verdict
 
     assert verdict([1.0, 1.1, 1.2]) == "reproduced"
     assert verdict([2.3, 2.4, 2.5]) == "not reproduced"

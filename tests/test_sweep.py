@@ -88,6 +88,8 @@ def test_a_file_becomes_the_product_of_its_grids(place: Any) -> None:
         ({"a": {"lr": 1}}, {}, "arm a has 'lr'; known are grid, seeds, set"),
         ({"a": {"set": {"lr": 1}}}, {}, "'lr' is no setting"),
         ({"a": {}}, {"seeds": [-1]}, "seeds [-1] are not"),
+        ({"a": {}}, {"base": {"train": 5}}, "train of base is 5, not a mapping"),
+        (["a"], {}, "arms is ['a'], not a mapping"),
         ({}, {}, "'arms' is missing"),
     ],
 )
@@ -199,7 +201,8 @@ def test_a_worker_that_is_killed_is_named_and_replaced(place: Any, monkeypatch: 
     assert sweep.run("sweep.yaml", 1, None, False) == sweep.FAILED
     assert "first/seed-0 failed: ended by signal 9; see out/logs/first-seed-0.log" in capfd.readouterr().err
     table = Results.read("out/results.csv")
-    assert table.curve("second", 0, "old")[-1].step == 5 and len(table.curve("first", 0, "old")) == 1
+    assert table.curve("second", 0, "old")[-1].step == 5
+    assert table.arms == ["second"], "what the first had evaluated is no result of it"
 
 
 def test_jobs_of_slurm_wait_for_each_other_and_are_not_submitted_twice(
@@ -211,6 +214,7 @@ def test_jobs_of_slurm_wait_for_each_other_and_are_not_submitted_twice(
     from submitit.slurm.slurm import SlurmJob
 
     monkeypatch.setattr(SlurmJob.watcher, "_delay_s", 0)
+    SlurmJob.watcher.clear()  # of a cluster of before, whose jobs had the same numbers
     chain.write_text(chain.read_text().replace("seeds:\n- 0\n- 1", "seeds:\n- 0"))
     assert sweep.run(str(chain), None, "partition=gpu,timeout_min=5,qos=high", False) == sweep.FAILED
     printed = capfd.readouterr()
@@ -224,6 +228,31 @@ def test_jobs_of_slurm_wait_for_each_other_and_are_not_submitted_twice(
     assert "broken/seed-0 failed" in printed.err and "lost/seed-0 failed" in printed.err
     assert sweep.run(str(chain), None, "partition=gpu", True) == 0  # a dry run submits nothing
     assert len(list((tmp_path / "bin" / "state").glob("*.sh"))) == 4
+
+
+def test_jobs_that_wait_are_not_submitted_again(chain: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    """Ctrl-C while Slurm has not started any; the same command, and it waits for those that there are."""
+    for name, value in slurm_commands.install(tmp_path / "bin").items():
+        monkeypatch.setenv(name, value)
+    state = tmp_path / "bin" / "state"
+    (state / "hold").touch()
+    from submitit.slurm.slurm import SlurmJob
+
+    monkeypatch.setattr(SlurmJob.watcher, "_delay_s", 0)
+    SlurmJob.watcher.clear()  # of a cluster of before, whose jobs had the same numbers
+    chain.write_text(yaml.safe_dump(yaml.safe_load(chain.read_text()) | {"arms": {"base": {}}, "seeds": [0]}))
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slurm.time, "sleep", interrupted)
+        assert sweep.run(str(chain), None, "partition=gpu", False) == sweep.PREEMPTED
+    assert "1 jobs are left to Slurm" in capfd.readouterr().err
+    (state / "hold").unlink()
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.2)
+    assert sweep.run(str(chain), None, "partition=gpu", False) == 0
+    assert [path.name for path in state.glob("*.sh")] == ["1.sh"]
 
 
 def test_workers_share_the_processors_unless_told(monkeypatch: Any) -> None:
