@@ -20,12 +20,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ROWS = 128
+ROWS = 128  # of a block, or half of the sequence
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
     """First row and end of each block."""
-    return ((start, min(start + ROWS, length)) for start in range(0, length, ROWS))
+    rows = min(ROWS, -(-length // 2))
+    return ((start, min(start + rows, length)) for start in range(0, length, rows))
 
 
 def probabilities(length: int) -> int:

@@ -150,13 +150,26 @@ def residual_sum(x_BTD: Tensor, addends: Addends, execution: Execution) -> Tenso
     return total_BTD.to(x_BTD.dtype)
 
 
-def rotary_table(length: int, arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, R) fp32 with the frequencies twice over (arXiv 2104.09864, the rotate-half form)."""
-    width = arch.rotary_width
-    inverse_frequencies = arch.rotary_base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+@torch.library.custom_op("fastcpt::rotary_table", mutates_args=())
+def _rotary_table(length: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    inverse_frequencies = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse_frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+@_rotary_table.register_fake
+def _(length: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.empty(length, width, device=device), torch.empty(length, width, device=device)
+
+
+def rotary_table(length: int, arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T, R) fp32 with the frequencies twice over (arXiv 2104.09864, the rotate-half form).
+
+    An operator, which a compiled graph calls once: it would else fuse powers, cosines and sines into each layer's
+    rotation, and compute them again for every value of q and k.
+    """
+    return _rotary_table(length, arch.rotary_width, arch.rotary_base, device)
 
 
 class Attention(nn.Module):

@@ -26,6 +26,7 @@ class AdamW(torch.optim.AdamW):
     reduce: what is done to the sum of squares of this process's gradients before it is the norm's; a process that holds
     shards sets it to a sum over processes. whole: what is done to the gradients before they are squared; where the norm
     must not depend on how they are sharded, they are put together.
+    rows: of a parameter, those whose gradient is not zero; the norm is taken of no other. Set anew before each step.
     pieces: of parameters of which not all has the schedule's rate (`rates.py`).
     veto: of the scaled gradient's norm, whether to skip the step all the same; all processes must decide alike.
 
@@ -68,6 +69,7 @@ class AdamW(torch.optim.AdamW):
         self.kernels = kernels or moments != torch.float32 or elementwise or bool(pieces)
         self.reduce: Callable[[Tensor], Tensor] = lambda square: square
         self.whole: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients
+        self.rows: dict[nn.Parameter, Tensor] = {}
         self.veto: Callable[[Tensor], Tensor] | None = None
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -95,10 +97,14 @@ class AdamW(torch.optim.AdamW):
         self.zero_grad(set_to_none=True)
         return norm, skipped
 
+    def _squared(self) -> list[Tensor]:
+        """What the norm is taken of."""
+        gradients = ((p.grad, self.rows.get(p)) for p in self.parameters if p.grad is not None)
+        return self.whole([grad if rows is None else grad[rows] for grad, rows in gradients])
+
     def _step_by_torch(self, lr: float, scale: float) -> tuple[Tensor, Tensor]:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
         cpu = self.parameters[0].device.type == "cpu"
-        squared = self.whole(gradients)
+        squared = self._squared()
         square = square_by_products(squared) if cpu else torch.nn.utils.get_total_norm(squared).square()
         norm = self.reduce(square).sqrt() * scale
         finite = torch.isfinite(norm)
@@ -110,7 +116,7 @@ class AdamW(torch.optim.AdamW):
         return norm, self.found_inf
 
     def _step_by_kernels(self, lr: float, scale: float, embeddings_only: bool) -> tuple[Tensor, Tensor]:
-        square = self.reduce(gradient_square(self.whole([p.grad for p in self.parameters if p.grad is not None])))
+        square = self.reduce(gradient_square(self._squared()))
         true_norm = square.sqrt() * scale
         if self.veto is not None:
             square = torch.where(self.veto(true_norm), torch.inf, square)  # what the kernel skips

@@ -177,17 +177,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Losses and log-sum-exps; in place, the gradient over the logits."""
     rows, width = logits_NV.shape
+    if not launch.on_triton(logits_NV):
+        return _cpu_forward(logits_NV, targets_N, ignore_index, z_loss, columns, in_place)
     losses_N = torch.empty(rows, dtype=torch.float32, device=logits_NV.device)
     lse_N = torch.empty_like(losses_N)
-    if not launch.on_triton(logits_NV):
-        for part in _cpu_parts(rows, width):
-            block_NV = logits_NV[part].to(torch.float32, copy=not in_place)
-            losses_N[part], lse_N[part] = _cpu_block_(
-                block_NV, targets_N[part], ignore_index, z_loss, columns, in_place
-            )
-            if in_place and logits_NV.dtype != torch.float32:
-                logits_NV[part] = block_NV
-    elif rows:
+    if rows:
         _forward_kernel[(rows,)](
             logits_NV, targets_N.contiguous(), losses_N, lse_N, columns, width, logits_NV.stride(0),
             ignore_index, z_loss, IN_PLACE=in_place, BLOCK=_block(width), num_warps=8,
@@ -195,33 +189,42 @@ def forward(
     return losses_N, lse_N
 
 
-def _cpu_block_(
-    logits_NV: Tensor, targets_N: Tensor, ignore_index: int, z_loss: float, columns: int, gradient: bool
+def _cpu_forward(
+    logits_NV: Tensor, targets_N: Tensor, ignore_index: int, z_loss: float, columns: int, in_place: bool
 ) -> tuple[Tensor, Tensor]:
-    """Losses and log-sum-exps of a few rows of fp32 logits on CPU; with `gradient`, that of their sum over the logits.
-
-    Overwrites the logits in any case.
-    """
+    """What needs all columns in blocks of rows that a cache holds, what needs one number a row of all rows at once: a call
+    costs as much as a few thousand logits."""
+    parts = _cpu_parts(*logits_NV.shape)
     ignored_N = targets_N == ignore_index
     targets_N1 = torch.where(ignored_N, 0, targets_N)[:, None]
-    x_NV = logits_NV[:, :columns]
-    target_logit_N1 = x_NV.gather(1, targets_N1)
-    maximum_N1 = x_NV.amax(1, keepdim=True)
-    # One pass, where exp, sum and a product are three. The largest share is exp(0) / sum.
-    if x_NV.is_contiguous():
-        torch.softmax(x_NV, 1, out=x_NV)
-    else:
-        x_NV.copy_(torch.softmax(x_NV, 1))
-    log_sum_N1 = -x_NV.amax(1, keepdim=True).log()
+    target_logit_N1 = logits_NV[:, :columns].gather(1, targets_N1).float()
+    maximum_N1, largest_N1 = torch.empty(2, *target_logit_N1.shape)
+    minus_N1 = torch.full_like(target_logit_N1, -1.0)
+    in_fp32 = in_place and logits_NV.dtype == torch.float32
+    some_ignored = bool(ignored_N.any())
+    room_NV = torch.empty(0 if in_fp32 or not parts else min(parts[0].stop, len(logits_NV)), logits_NV.shape[1])
+    for part in parts:
+        block_NV = logits_NV[part] if in_fp32 else room_NV[: len(logits_NV[part])].copy_(logits_NV[part])
+        x_NV = block_NV[:, :columns]
+        torch.amax(x_NV, 1, keepdim=True, out=maximum_N1[part])
+        # One pass, where exp, sum and a product are three. The largest share is exp(0) / sum.
+        if x_NV.is_contiguous():
+            torch.softmax(x_NV, 1, out=x_NV)
+        else:
+            x_NV.copy_(torch.softmax(x_NV, 1))
+        torch.amax(x_NV, 1, keepdim=True, out=largest_N1[part])
+        if in_place:
+            if z_loss:
+                x_NV.mul_(1 + 2 * z_loss * (maximum_N1[part] - largest_N1[part].log()))
+            x_NV.scatter_add_(1, targets_N1[part], minus_N1[part])
+            block_NV[:, columns:] = 0
+            if some_ignored:
+                block_NV[ignored_N[part]] = 0
+            if not in_fp32:
+                logits_NV[part] = block_NV
+    log_sum_N1 = -largest_N1.log()
     lse_N1 = maximum_N1 + log_sum_N1
     losses_N1 = log_sum_N1 - (target_logit_N1 - maximum_N1) + z_loss * lse_N1.square()
-    if gradient:
-        if z_loss:
-            x_NV.mul_(1 + 2 * z_loss * lse_N1)
-        x_NV.scatter_add_(1, targets_N1, x_NV.new_full(targets_N1.shape, -1.0))
-        logits_NV[:, columns:] = 0
-        if ignored_N.any():
-            logits_NV[ignored_N] = 0
     return losses_N1[:, 0].masked_fill_(ignored_N, 0), lse_N1[:, 0].masked_fill_(ignored_N, 0)
 
 

@@ -34,11 +34,13 @@ from fastcpt.kernels import launch
 
 
 def _rotate(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    width = cos_TR.shape[-1]
-    turned, kept = x_BTHC[..., :width].to(cos_TR.dtype), x_BTHC[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos_TR[:, None] + torch.cat((-second, first), dim=-1) * sin_TR[:, None]
-    return torch.cat((turned.to(x_BTHC.dtype), kept), dim=-1)
+    half = cos_TR.shape[-1] // 2
+    # Split, whose gradient is one concatenation; that of slices is a sum of padded ones.
+    first, second, kept = x_BTHC.split((half, half, x_BTHC.shape[-1] - 2 * half), dim=-1)
+    first, second = first.to(cos_TR.dtype), second.to(cos_TR.dtype)
+    (cos_1, cos_2), (sin_1, sin_2) = (table_TR[:, None].chunk(2, dim=-1) for table_TR in (cos_TR, sin_TR))
+    turned = first * cos_1 - second * sin_1, second * cos_2 + first * sin_2
+    return torch.cat((*(part.to(x_BTHC.dtype) for part in turned), kept), dim=-1)
 
 
 def _rotate_back(d_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

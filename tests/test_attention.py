@@ -26,6 +26,7 @@ from fastcpt import UserError
 from fastcpt import attention as module
 from fastcpt.attention import PACKAGES, Backend, Name, Setting, build, choose, decide, document_bounds, document_ids
 from fastcpt.attention import missing as really_missing
+from fastcpt.cpu_attention import probabilities
 
 CPU = torch.device("cpu")
 EOD = 0
@@ -387,8 +388,9 @@ def test_the_operator_of_blocks() -> None:
         operator = torch.ops.fastcpt.cpu_attention.default
         torch.library.opcheck(operator, (*(x.clone().requires_grad_() for x in (q, k, v)), given))
         _, kept = operator(q, k, v, given)
-        assert len(kept) == 4 * (128 * 128 + 12 * 140)  # rows meet the positions up to their block's end alone
+        assert len(kept) == 4 * (70 * 70 + 70 * 140)  # rows meet the positions up to their block's end alone
         torch.library.opcheck(torch.ops.fastcpt.cpu_attention_backward.default, (dy, q, k, v, kept))
+    assert probabilities(300) == 128 * 128 + 128 * 256 + 44 * 300
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 

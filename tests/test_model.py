@@ -353,3 +353,8 @@ def test_compiled_whole_graph_equals_eager(masked: bool, backend: str) -> None:
     actual = run(torch.compile(ours, fullgraph=True, dynamic=False, backend=backend))
     for name, value in expected.items():  # the same fp32 bound as against transformers
         assert errors(actual[name].double(), value.double()).max() < 1e-5, name
+
+
+@pytest.mark.parametrize("width", [0, 2, 16])
+def test_the_operator_of_the_rotary_table(width: int) -> None:
+    torch.library.opcheck(torch.ops.fastcpt.rotary_table.default, (5, width, 10000.0, torch.device("cpu")))
