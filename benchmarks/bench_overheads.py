@@ -2,8 +2,8 @@
 
     python -m fastcpt.benchmarks.bench_overheads [--output FOLDER]
 
-Three runs of Pythia-70m from scratch: one step with nothing compiled before, one step with what that left, and some steps
-with evaluations and checkpoints. `overheads_run.py` puts clocks around the loop's parts. Of a step, the forward and
+Runs of Pythia-70m from scratch: one step with nothing compiled before and one with what that left, compiled as a whole and
+block by block, and some steps with evaluations and checkpoints. `overheads_run.py` puts clocks around the loop's parts. Of a step, the forward and
 backward passes and the optimizer's update are the model; all else is outside: waiting for data, clipping, the log, and
 whatever Python does in between.
 """
@@ -33,10 +33,12 @@ Spans = dict[str, list[tuple[float, float]]]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its run. steps: of the long run; it logs every log_every, saves in the middle and at the end."""
+    """A model and its run. steps: of the long run; it logs every log_every, saves in the middle and at the end. regional:
+    settings that compile it block by block."""
 
     name: str = "pythia-70m, 4 x 512"
     settings: tuple[str, ...] = ("--model.preset", "pythia-70m")
+    regional: tuple[str, ...] = ("--train.compile", "blocks")
     vocab_size: int = 50_304
     seq_len: int = 512
     batch: int = 4
@@ -128,14 +130,16 @@ def measured(case: Case, folder: Path) -> list[Row]:
         real_set(folder / name, [sequences * case.seq_len + 1], seed, case.vocab_size)
         np.save(folder / name / "token_bytes.npy", np.full(case.vocab_size, 4, np.uint16))
         (folder / name / "tokenizer.json").write_text("{}")
-    cache = folder / "cache"
-    rows = starting("nothing compiled before", run(case, folder, "cold", cache, 1))
-    rows += starting("compiled before", run(case, folder, "warm", cache, 1))
+    rows: list[Row] = []
+    for cache, how, extra in (("whole", "", ()), ("regional", "block by block: ", case.regional)):
+        for state, when in (("cold", "nothing compiled before"), ("warm", "compiled before")):
+            spans = run(case, folder, f"{cache}-{state}", folder / cache, 1, extra)
+            rows += starting(f"{how}{when}", spans)
     settings = (
         "--data.val", f"[{{name: bench, path: {folder / 'val'}}}]", "--run.save_every", str(case.steps // 2),
         "--run.eval_tokens", str(case.eval_sequences * case.seq_len),
     )  # fmt: skip
-    return rows + looping(case, run(case, folder, "loop", cache, case.steps, settings))
+    return rows + looping(case, run(case, folder, "loop", folder / "whole", case.steps, settings))
 
 
 def main(output: Path | None = None, case: Case | None = None) -> None:

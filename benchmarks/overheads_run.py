@@ -42,7 +42,7 @@ def main(started: float, file: Path, arguments: list[str]) -> int:
         (train, "parse", "configuration"), (train, "setup", "setup"), (train.metrics, "open_loggers", "loggers"),
         (train, "evaluate", "evaluation"), (train, "save", "snapshot"), (train, "train_step", "step"),
         (GPTNeoX, "__call__", "forward"), (train.Tensor, "backward", "backward"), (optim.AdamW, "step", "update"),
-        (optim, "square_by_products", "norm"),
+        (optim.AdamW, "_squared", "norm"), (optim, "square_by_products", "norm"),
     ):  # fmt: skip
         setattr(owner, attribute, clock(name, getattr(owner, attribute)))
     read = train.batches

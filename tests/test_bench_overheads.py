@@ -12,7 +12,7 @@ TINY = Case(
     "tiny",
     ("--model.layers", "1", "--model.width", "16", "--model.heads", "2", "--model.vocab_size", "64",
      "--train.compile", "false", "--run.tensorboard", "false"),
-    vocab_size=64, seq_len=16, batch=2, steps=8, log_every=2, eval_sequences=4,
+    regional=(), vocab_size=64, seq_len=16, batch=2, steps=8, log_every=2, eval_sequences=4,
 )  # fmt: skip
 
 
@@ -22,7 +22,9 @@ def test_the_real_loop_is_timed_part_by_part(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     found = {(row["what"], row["case"]): float(row["value"]) for row in rows}
     assert len(found) == len(rows) and all(value >= 0 for value in found.values())
-    for start in ("nothing compiled before", "compiled before"):
+    for start in (
+        f"{how}{when}" for how in ("", "block by block: ") for when in ("nothing compiled before", "compiled before")
+    ):
         parts = [
             v for (what, case), v in found.items() if what == "command to first step" and case.startswith(f"{start}, ")
         ]
