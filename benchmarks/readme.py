@@ -152,6 +152,27 @@ def train_table() -> str:
     return "\n".join(out)
 
 
+# Of a profile: what a column of the table counts, by how the names of operators begin.
+PROFILED = {
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "softmax, maxima": ("aten::_softmax", "aten::amax"),
+    "copies": ("aten::copy_",),
+    "compiled element-wise": ("## Call CompiledFxGraph",),
+    "AdamW": ("aten::_fused_adamw_", "Optimizer.step"),
+}
+
+
+def profile_table() -> str:
+    """Where the time of fastcpt's step goes, by operator, attention and loss among them."""
+    out = [f"| | {' | '.join(PROFILED)} | all else |", "|" + "---|" * (len(PROFILED) + 2)]
+    for case in dict.fromkeys(row["case"] for row in _rows("train.csv")):
+        operators = json.loads((RESULT.parent / f"train_{case}.json").read_text())["table"]
+        shares = [sum(share for name, share, _ in operators if name.startswith(own)) for own in PROFILED.values()]
+        cells = " | ".join(f"{share:.0%}" for share in (*shares, 1 - sum(shares)))
+        out.append(f"| {case} | {cells} |")
+    return "\n".join(out)
+
+
 def data_table() -> str:
     """What reading costs, of the larger batches alone."""
     return _numbers("data.csv", left_out=("8 x 1024", "64 x 1024", "8 x 2048"))
@@ -188,6 +209,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "traffic": traffic_table,
     "kernels_cpu": kernels_cpu_table,
     "train": train_table,
+    "profile": profile_table,
     "prep": prep_table,
     "predictions": predictions_table,
 }

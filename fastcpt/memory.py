@@ -6,7 +6,7 @@ from dataclasses import replace
 from fastcpt import metrics
 from fastcpt.config import Config
 from fastcpt.cpu_attention import probabilities
-from fastcpt.kernels.linear_cross_entropy import ROWS
+from fastcpt.kernels.linear_cross_entropy import block_rows
 from fastcpt.model import Architecture
 from fastcpt.parallel import World
 
@@ -110,7 +110,7 @@ def parts(
     logits = (size if kernels else 12) * tokens * arch.vocab_size
     if loss_blocks:
         kept = size * tokens * arch.width + 4 * head
-        rows = min(tokens, ROWS)
+        rows = min(tokens, block_rows(arch.vocab_size, cpu=not kernels))
         logits = kept + max(kept, size * rows * arch.vocab_size + (2 if kernels else 4) * head * bf16)
     share = -(-parameters // shards)
     outer = 2 * head + 2 * arch.width

@@ -22,6 +22,12 @@ from torch import Tensor
 from fastcpt.kernels import cross_entropy, launch
 
 ROWS = 2048  # of a block: enough for a matrix product at full rate
+# On a CPU fewer where their logits, no more than so many, then stay in the cache: those of a small vocabulary.
+FEWER_ROWS, CACHED = 512, 1 << 22
+
+
+def block_rows(columns: int, cpu: bool) -> int:
+    return min(FEWER_ROWS, ROWS) if cpu and FEWER_ROWS * columns <= CACHED else ROWS
 
 
 def linear_cross_entropy_reference(
@@ -52,9 +58,10 @@ def _blocks(
     dx_ND = torch.empty_like(x_ND if gradients else x_ND[:0], memory_format=torch.contiguous_format)
     empty = torch.empty_like if x_ND.shape[0] else torch.zeros_like
     dw_VD = empty(weight_VD if gradients else weight_VD[:0], dtype=torch.float32)
-    buffer_NV = x_ND.new_empty(min(ROWS, x_ND.shape[0]), weight_VD.shape[0])  # one for all: fresh memory is slow on CPU
-    for start in range(0, x_ND.shape[0], ROWS):
-        part = slice(start, start + ROWS)
+    rows = block_rows(weight_VD.shape[0], cpu=not launch.on_triton(x_ND))
+    buffer_NV = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0])  # one for all: fresh memory is slow on CPU
+    for start in range(0, x_ND.shape[0], rows):
+        part = slice(start, start + rows)
         logits_NV = torch.mm(x_ND[part], weight_VD.T, out=buffer_NV[: x_ND.shape[0] - start])
         losses_N[part] = cross_entropy.forward(logits_NV, targets_N[part], *options, gradients)[0]
         if gradients:

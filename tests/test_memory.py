@@ -69,9 +69,9 @@ def test_activations_are_what_autograd_saves(
 
 
 @pytest.mark.parametrize("rotary", [0.0, 0.5])
-@pytest.mark.parametrize("seq_len", [13, 140])
+@pytest.mark.parametrize("seq_len", [13, 300])
 def test_activations_with_attention_in_blocks(rotary: float, seq_len: int) -> None:
-    """Of 128 rows: 13 are one block, 140 two."""
+    """13 are two blocks, of 7 rows and 6, 300 three, of at most 128."""
     arch = small(rotary=rotary)
     execution = Execution(torch.bfloat16, attention=Backend("blocks", "", cpu_attention))
     model = GPTNeoX(arch, execution)
