@@ -57,7 +57,10 @@ def run(case: Case, folder: Path, name: str, cache: Path, steps: int, settings: 
         "--run.output", str(folder / name), "--run.log_every", str(case.log_every), *settings,
     ]  # fmt: skip
     file, log = folder / f"{name}.json", folder / f"{name}.log"
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    cache.mkdir(exist_ok=True)
+    # The second for the header of all kernels, which torch compiles once a machine.
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TMPDIR": str(cache)}
+    environment = {**os.environ, **places, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with open(log, "w") as output:
         command = [
             sys.executable,

@@ -122,13 +122,16 @@ class Worker:
 
     def __init__(self, name: str, python: str, folder: Path, cache: Path, device: torch.device) -> None:
         self.name, started = name, time.perf_counter()
-        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        # TMPDIR is where torch keeps the header of all kernels.
+        cache.mkdir(exist_ok=True)
+        settings = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        settings |= {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TMPDIR": str(cache)}
         # Run as a script: no package's folder is put on its path, and the rival's interpreter needs no fastcpt.
         script = Path(train_rivals.__file__)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
             [python, str(script), name, str(folder), str(device)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.log, text=True, env={**os.environ, **threads, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
+            stderr=self.log, text=True, env={**os.environ, **settings},
         )  # fmt: skip
         hello = self._answer()
         self.missing: str | None = hello.get("missing")

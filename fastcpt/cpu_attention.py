@@ -82,17 +82,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     length, width = q_BHTC.shape[2:]
     dy_MTC, q_MTC, k_MTC, v_MTC = (x.flatten(0, 1) for x in (dy_BHTC, q_BHTC, k_BHTC, v_BHTC))
-    dq_MTC, (dk_MTC, dv_MTC) = torch.empty_like(q_MTC), torch.zeros(2, *q_MTC.shape)
-    used, scale = 0, width**-0.5
-    for start, stop in _blocks(length):
+    dq_MTC, (dk_MTC, dv_MTC) = torch.empty_like(q_MTC), torch.empty(2, *q_MTC.shape)
+    end, scale = len(kept), width**-0.5
+    for start, stop in reversed(list(_blocks(length))):  # the last meets all positions, so that nothing need be cleared
         shape = len(q_MTC), stop - start, stop
-        size = math.prod(shape)
-        p_MRS, dy_MRC = kept[used : used + size].view(shape), dy_MTC[:, start:stop]
-        used += size
+        p_MRS, dy_MRC = kept[end - math.prod(shape) : end].view(shape), dy_MTC[:, start:stop]
+        end -= math.prod(shape)
         ds_MRS = torch._softmax_backward_data(dy_MRC @ v_MTC[:, :stop].transpose(1, 2), p_MRS, -1, p_MRS.dtype)
         torch.bmm(ds_MRS, k_MTC[:, :stop], out=dq_MTC[:, start:stop])
-        dk_MTC[:, :stop] += ds_MRS.transpose(1, 2) @ q_MTC[:, start:stop]
-        dv_MTC[:, :stop] += p_MRS.transpose(1, 2) @ dy_MRC
+        for sum_MTC, rows_MRS, values_MRC in ((dk_MTC, ds_MRS, q_MTC[:, start:stop]), (dv_MTC, p_MRS, dy_MRC)):
+            term_MSC = rows_MRS.transpose(1, 2) @ values_MRC
+            sum_MTC[:, :stop].add_(term_MSC) if stop < length else sum_MTC.copy_(term_MSC)
     dq_MTC, dk_MTC = dq_MTC.mul_(scale), dk_MTC.mul_(scale)
     return tuple(x.to(q_BHTC.dtype).view_as(q_BHTC) for x in (dq_MTC, dk_MTC, dv_MTC))  # type: ignore[return-value]
 

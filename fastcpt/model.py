@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastcpt import UserError
 from fastcpt.config import Model as ModelConfig
+from fastcpt.embedding import embedding
 from fastcpt.execution import Execution
 from fastcpt.fp8 import linear as fp8_linear
 from fastcpt.kernels.gelu import bias_gelu
@@ -277,7 +278,7 @@ class GPTNeoX(nn.Module):
         documents: from `execution.attention.documents`; attention then stays within a document.
         """
         execution = self.execution
-        x_BTD = F.embedding(tokens_BT, self.embed_in.weight).to(execution.dtype)
+        x_BTD = embedding(tokens_BT, self.embed_in.weight).to(execution.dtype)
         rotary = rotary_table(tokens_BT.shape[1], self.arch, tokens_BT.device)
         addends: Addends = ()
         for layer in self.layers:

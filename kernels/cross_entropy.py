@@ -164,7 +164,8 @@ def _block(width: int) -> int:
 
 
 def _cpu_parts(rows: int, width: int) -> list[slice]:
-    block = max(1, CPU_BLOCK // width)
+    """Blocks of one size, or the last a little smaller."""
+    block = -(-rows // -(-rows * width // CPU_BLOCK)) if rows else 1
     return [slice(start, start + block) for start in range(0, rows, block)]
 
 
