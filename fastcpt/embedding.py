@@ -36,5 +36,5 @@ class _Embedding(torch.autograd.Function):
 def embedding(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
     """Rows of the weight -> (B, T, D) in its dtype. tokens_BT: integers."""
     if weight_VD.device.type == "cpu":
-        return _Embedding.apply(tokens_BT, weight_VD)  # type: ignore[no-any-return]
+        return _Embedding.apply(tokens_BT, weight_VD)
     return F.embedding(tokens_BT, weight_VD)
