@@ -180,7 +180,9 @@ def data_table() -> str:
 
 def overheads_table() -> str:
     """What a run does beside its model."""
-    return _numbers("overheads.csv", left_out=("block by block: nothing compiled before,", "block by block: compiled before,"))
+    return _numbers(
+        "overheads.csv", left_out=("block by block: nothing compiled before,", "block by block: compiled before,")
+    )
 
 
 def predictions_table() -> str:
