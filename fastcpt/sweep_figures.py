@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LABELLED = 4  # arms that the plane names at their ends; the labels of more would lie on each other
+
+
 def _slug(text: str) -> str:
     return re.sub("[^A-Za-z0-9._-]+", "-", text).strip("-")[:60].lower()
 
@@ -81,11 +84,15 @@ def plane(results: Results, title: str, arms: Sequence[str]) -> Drawing | None:
     axes.set_title("↖ better: learned more, forgot less", loc="left")
     axes.axhline(0, color=INK, linewidth=1, zorder=2)
     axes.axvline(0, color=INK, linewidth=1, zorder=2)
+    handles: list[Artist] = []
     for i, arm in drawn:
-        axes.plot(*zip(*tracks[arm]), **look(i), zorder=3)
+        handles += axes.plot(*zip(*tracks[arm]), **look(i), zorder=3)
         axes.plot(*tracks[arm][-1], **{**look(i), "linestyle": "none"}, markersize=10, markeredgecolor=PAPER, zorder=5)
     axes.margins(0.14)
-    label_ends(axes, [fit(arm, 140) for _, arm in drawn], [tracks[arm] for _, arm in drawn])
+    if len(drawn) <= LABELLED:
+        label_ends(axes, [fit(arm, 140) for _, arm in drawn], [tracks[arm] for _, arm in drawn])
+    else:
+        _legend(figure, handles, [fit(arm, 72 * WIDTH - 6 * FONT) for _, arm in drawn])
     ends = "; ".join(
         f"{arm} ends at forgetting {tracks[arm][-1][0]:+.4f}, adaptation {tracks[arm][-1][1]:+.4f}" for _, arm in drawn
     )

@@ -1,6 +1,7 @@
 """The page of a sweep: what its tables say, that it is well-formed and the same for the same table, and what is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -9,6 +10,7 @@ import yaml
 
 from fastcpt import UserError, cli
 from fastcpt.results import COLUMNS
+from fastcpt.sweep_figures import plane
 from fastcpt.sweep_page import sweep_report
 
 
@@ -57,6 +59,17 @@ def test_the_page_has_the_arms_of_each_figure(swept: Path) -> None:
         "base-old",
     }
     assert names == expected and all(path.stat().st_size > 1000 for path in first)
+
+
+@pytest.mark.parametrize(("count", "named", "keys"), [(4, 4, 0), (5, 0, 5)])
+def test_the_plane_names_a_few_arms_at_their_ends_and_more_in_a_legend(count: int, named: int, keys: int) -> None:
+    """Eight labels that began at one point lay on each other."""
+    tracks = [(0.0, 0.0), (0.1, 0.2)]
+    drawing = plane(SimpleNamespace(mean_plane=lambda arm: tracks), "T", [f"arm-{n}" for n in range(count)])  # type: ignore[arg-type]
+    assert drawing is not None
+    (axes,) = drawing.figure.axes
+    assert len([text for text in axes.texts if text.get_text().startswith("arm-")]) == named
+    assert sum(len(legend.get_texts()) for legend in drawing.figure.legends) == keys
 
 
 def test_figures_are_arms_with_their_grids_unless_said(swept: Path) -> None:
