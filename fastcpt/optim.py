@@ -100,7 +100,7 @@ class AdamW(torch.optim.AdamW):
     def _squared(self) -> list[Tensor]:
         """What the norm is taken of."""
         gradients = ((p.grad, self.rows.get(p)) for p in self.parameters if p.grad is not None)
-        return self.whole([grad if rows is None else grad[rows] for grad, rows in gradients])
+        return self.whole([grad if rows is None else grad.index_select(0, rows) for grad, rows in gradients])
 
     def _step_by_torch(self, lr: float, scale: float) -> tuple[Tensor, Tensor]:
         cpu = self.parameters[0].device.type == "cpu"

@@ -166,12 +166,10 @@ def train_step(state: State, batch_BT: np.ndarray | Tensor) -> dict[str, Tensor]
             tree.add([*layout.tree_reduced([sums]), *gradients])
         else:
             totals += sums
-    if tree:
-        totals, *gradients = tree.sums
-    else:
-        gradients = layout.gradients(state.model)
-    for part, gradient in zip(state.parts.values(), gradients, strict=True):
-        part.grad = gradient
+    if tree or layout.sharded:  # else they are where they belong
+        totals, *gradients = tree.sums if tree else (totals, *layout.gradients(state.model))
+        for part, gradient in zip(state.parts.values(), gradients, strict=True):
+            part.grad = gradient
     # On a CPU the norm is a pass over memory: it leaves out the rows of tokens that this step did not read.
     if tree is None and world.size == 1 and world.device.type == "cpu":
         tokens = torch.from_numpy(np.bincount(np.asarray(batch_BT)[:, :-1].flat).nonzero()[0])

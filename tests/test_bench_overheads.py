@@ -34,7 +34,8 @@ def test_the_real_loop_is_timed_part_by_part(tmp_path: Path) -> None:
 
 
 def steps_of(seconds: float, count: int) -> Spans:
-    """Steps of 90% forward, backward and update, 2% norm, 1% data, with an evaluation in the one before the last."""
+    """Steps of 90% forward, backward and update, 2% norm, 1% data; before the last an evaluation and a checkpoint, and the
+    last takes 3 s longer."""
     names = ("step", "forward", "backward", "update", "norm", "data", "evaluation", "snapshot")
     spans: Spans = {name: [] for name in names}
     now = 10.0
@@ -49,6 +50,7 @@ def steps_of(seconds: float, count: int) -> Spans:
             spans["forward"].append((now, 3.5))
             spans["snapshot"].append((now + 4.0, 1.0))
             now += 5.0
+    spans["step"][-1] = (spans["step"][-1][0], 0.95 * seconds + 3.0)
     return spans
 
 
@@ -63,6 +65,7 @@ def test_shares_are_of_the_loop_without_what_it_stands_still_for() -> None:
     }  # fmt: skip
     assert found["step", "case"] == pytest.approx(2.0)
     assert found["checkpoint, the loop stands still", "case"] == 1.0
+    assert found["checkpoint, steps beside its writing take longer, in all", "case"] == pytest.approx(3.0)
     # 800 tokens in 4 s are as fast as 400 in 2 s.
     assert found["evaluation", "case, tokens a second to those of training"] == pytest.approx(1.0)
 
