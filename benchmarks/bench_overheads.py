@@ -3,9 +3,9 @@
     python -m fastcpt.benchmarks.bench_overheads [--output FOLDER]
 
 Runs of Pythia-70m from scratch: one step with nothing compiled before and one with what that left, compiled as a whole and
-block by block, and some steps with evaluations and checkpoints. `overheads_run.py` puts clocks around the loop's parts. Of a step, the forward and
-backward passes and the optimizer's update are the model; all else is outside: waiting for data, clipping, the log, and
-whatever Python does in between.
+block by block, and some steps with evaluations and checkpoints. `overheads_run.py` puts clocks around the loop's parts. Of a
+step, the forward and backward passes and the optimizer's update are the model; all else is outside: waiting for data,
+clipping, the log, and whatever Python does in between.
 """
 
 import argparse

@@ -199,13 +199,15 @@ def _cpu_forward(
     ignored_N = targets_N == ignore_index
     targets_N1 = torch.where(ignored_N, 0, targets_N)[:, None]
     target_logit_N1 = logits_NV[:, :columns].gather(1, targets_N1).float()
-    maximum_N1, largest_N1 = torch.empty(2, *target_logit_N1.shape)
+    maximum_N1, largest_N1 = torch.empty_like(target_logit_N1), torch.empty_like(target_logit_N1)
     minus_N1 = torch.full_like(target_logit_N1, -1.0)
     in_fp32 = in_place and logits_NV.dtype == torch.float32
     some_ignored = bool(ignored_N.any())
     room_NV = torch.empty(0 if in_fp32 or not parts else min(parts[0].stop, len(logits_NV)), logits_NV.shape[1])
     for part in parts:
-        block_NV = logits_NV[part] if in_fp32 else room_NV[: len(logits_NV[part])].copy_(logits_NV[part])
+        block_NV = given_NV = logits_NV[part]
+        if not in_fp32:
+            block_NV = room_NV[: len(given_NV)].copy_(given_NV)
         x_NV = block_NV[:, :columns]
         torch.amax(x_NV, 1, keepdim=True, out=maximum_N1[part])
         # One pass, where exp, sum and a product are three. The largest share is exp(0) / sum.
@@ -222,7 +224,7 @@ def _cpu_forward(
             if some_ignored:
                 block_NV[ignored_N[part]] = 0
             if not in_fp32:
-                logits_NV[part] = block_NV
+                given_NV.copy_(block_NV)
     log_sum_N1 = -largest_N1.log()
     lse_N1 = maximum_N1 + log_sum_N1
     losses_N1 = log_sum_N1 - (target_logit_N1 - maximum_N1) + z_loss * lse_N1.square()

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch._functorch.config
 from torch._dynamo.utils import counters
+from torch._inductor.codecache import _precompile_header
 from torch._inductor.utils import fresh_cache
 
-from fastcpt.compiling import keep_compiled
+from fastcpt.compiling import keep_compiled, warm_up_compiler
 from fastcpt.kernels.linear_cross_entropy import linear_cross_entropy_sum
 
 
@@ -46,3 +47,13 @@ def test_the_graph_of_training_is_taken_over(settings: None) -> None:
     torch.compiler.config.cache_key_tag += " of other sources"
     _, changed = compiled(*inputs)
     assert changed["autograd_cache_miss"] == 1 and "autograd_cache_hit" not in changed
+
+
+def test_the_header_is_the_one_that_kernels_take(settings: None) -> None:
+    """What is made on a thread is of use only if torch asks for the same with the first kernel."""
+    warm_up_compiler().join()
+    before = _precompile_header.cache_info()
+    assert before.currsize
+    torch.compile(lambda x: x.sin() + 1)(torch.randn(100))
+    after = _precompile_header.cache_info()
+    assert after.hits > before.hits and after.misses == before.misses

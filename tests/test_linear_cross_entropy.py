@@ -117,17 +117,20 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert total.requires_grad and not losses.requires_grad
 
 
+def test_fewer_rows_where_a_cache_then_holds_them() -> None:
+    assert [module.block_rows(columns, cpu=True) for columns in (257, 8192, 8193, 50304)] == [512, 512, 2048, 2048]
+    assert module.block_rows(257, cpu=False) == 2048
+
+
 @pytest.mark.parametrize("gradients", [False, True])
-def test_memory_is_one_block_of_logits(
-    gradients: bool, alive_bytes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beside the results, and on CPU a copy of a block when the gradients are not wanted."""
-    monkeypatch.setattr(module, "ROWS", 512)
+def test_memory_is_one_block_of_logits(gradients: bool, alive_bytes: Callable[..., Any]) -> None:
+    """Beside the results, and on CPU a copy of a block when the gradients are not wanted. So small a vocabulary goes in
+    blocks of 512 rows."""
     rows, width, vocabulary = 4000, 32, 3000
     x, weight, targets, _ = sample(rows, width, vocabulary, torch.float32, torch.device("cpu"))
     with alive_bytes([x, weight, targets]) as alive:
         module._blocks(x, weight, targets, None, (-100, 0.0, vocabulary), gradients)
-    block = module.ROWS * vocabulary * 4
+    block = 512 * vocabulary * 4
     results = rows * 4 + (rows * width * 4 + vocabulary * width * 4 if gradients else 0)
     limit = results + (1.2 if gradients else 2.2) * block
     assert block <= alive.peak <= limit < rows * vocabulary * 4 / 3, (alive.peak, results, block)
